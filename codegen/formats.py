@@ -1,0 +1,167 @@
+"""The number formats as rows of a table, and the record that says how one operand is quantized."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+import torch
+
+from fp4compile.codegen.errors import IllegalCombination, UnknownName
+
+E2M1_VALUES: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1_MAX: Final = 6.0
+E4M3_MAX: Final = 448.0
+FP32_MAX: Final = torch.finfo(torch.float32).max
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockFormat:
+    """A block-scaled 4-bit format: e2m1 elements, one scale per `block` of them along the contraction dimension."""
+
+    name: str
+    block: int
+    blocks: tuple[str, ...]  # legal block shapes, the default first
+    scale_dtype: torch.dtype
+    has_global_scale: bool
+
+    @property
+    def bits_per_value(self) -> float:
+        return 4 + 8 / self.block
+
+
+NVFP4: Final = BlockFormat(name="nvfp4", block=16, blocks=("1x16", "16x16"), scale_dtype=torch.float8_e4m3fn, has_global_scale=True)
+MXFP4: Final = BlockFormat(name="mxfp4", block=32, blocks=("1x32",), scale_dtype=torch.float8_e8m0fnu, has_global_scale=False)
+FORMATS: Final = {f.name: f for f in (NVFP4, MXFP4)}
+
+
+class Block(StrEnum):
+    """Shape of the region that shares one scale, rows x contraction."""
+
+    ROW16 = "1x16"
+    TILE16 = "16x16"  # the same codes serve W and its transpose
+    ROW32 = "1x32"
+
+
+class ScaleRule(StrEnum):
+    """How a block scale is chosen. `four_over_six*` tries mapping the block maximum to 6 and to 4 (arXiv 2512.02010)."""
+
+    AMAX = "amax"
+    FOUR_OVER_SIX = "four_over_six"  # lower squared error
+    FOUR_OVER_SIX_MAE = "four_over_six_mae"
+    FOUR_OVER_SIX_ABSMAX = "four_over_six_absmax"
+
+    @property
+    def e4m3_bound(self) -> float:
+        """Largest block scale the global scale aims at. 256 leaves room for the 1.5x candidate: 1.5 * 256 <= 448."""
+        return E4M3_MAX if self is ScaleRule.AMAX else 256.0
+
+
+class GlobalScale(StrEnum):
+    """What shares one fp32 scale: each matrix, each row of it, or a calibrated constant."""
+
+    TENSOR = "tensor"
+    ROW = "row"
+    STATIC = "static"
+
+
+class Rounding(StrEnum):
+    NEAREST = "nearest"  # ties to the even code
+    STOCHASTIC = "stochastic"
+
+
+HADAMARD_SIZES: Final = (0, 16, 32, 64, 128)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantConfig:
+    """How one operand becomes 4-bit. Plain data: it is a key of the weight store and part of every fingerprint.
+
+    Raises `UnknownName` for a format that does not exist and `IllegalCombination` for settings that exclude each other.
+    """
+
+    format: str = "nvfp4"
+    block: str = ""  # empty: the format's own, 1x16 or 1x32
+    scale_rule: ScaleRule = ScaleRule.AMAX
+    global_scale: GlobalScale = GlobalScale.TENSOR
+    rounding: Rounding = Rounding.NEAREST
+    hadamard: int = 0
+    static_amax: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise UnknownName(what="format", found=self.format, valid=FORMATS)
+        object.__setattr__(self, "block", self.block or self.fmt.blocks[0])
+        for field, kind in (("block", Block), ("scale_rule", ScaleRule), ("global_scale", GlobalScale), ("rounding", Rounding)):
+            value = getattr(self, field)
+            if value not in list(kind):
+                raise UnknownName(what=field, found=str(value), valid=list(kind))
+            object.__setattr__(self, field, kind(value))
+        for found, needed, advice in self._conflicts():
+            raise IllegalCombination(where=f"quantize to {self.format}", found=found, needed=needed, advice=advice)
+
+    def _conflicts(self) -> list[tuple[str, str, str]]:
+        found: list[tuple[str, str, str]] = []
+        adaptive = self.scale_rule is not ScaleRule.AMAX
+        if self.hadamard not in HADAMARD_SIZES:
+            found.append((f"hadamard = {self.hadamard}", f"One of {HADAMARD_SIZES} is needed.", "Use 16, or 0 for none."))
+        if self.format == "mxfp4" and adaptive:
+            found.append((f"scale_rule = {self.scale_rule}", "MXFP4 scales are powers of two.", "Use scale_rule = 'amax', or format = 'nvfp4'."))
+        if self.block not in self.fmt.blocks:
+            found.append((f"block = {self.block}", f"{self.format} has {' or '.join(self.fmt.blocks)}.", "Use one of those, or another format."))
+        if self.format == "mxfp4" and self.global_scale is not GlobalScale.TENSOR:
+            found.append((f"global_scale = {self.global_scale}", "MXFP4 has no global scale.", "Leave global_scale out."))
+        if adaptive and self.rounding is Rounding.STOCHASTIC:
+            found.append((
+                f"scale_rule = {self.scale_rule} with rounding = stochastic",
+                "Choosing between two random draws is biased.",
+                "Use scale_rule = 'amax' on the stochastic operand.",
+            ))
+        if self.is_tile and self.hadamard:
+            found.append((
+                "block = 16x16 with hadamard",
+                "A rotation breaks the codes that W and its transpose share.",
+                "Use block = '1x16', or hadamard = 0.",
+            ))
+        if self.is_tile and self.global_scale is GlobalScale.ROW:
+            found.append(("block = 16x16 with global_scale = row", "A 16x16 block spans rows.", "Use global_scale = 'tensor'."))
+        if (self.global_scale is GlobalScale.STATIC) != (self.static_amax is not None):
+            found.append((
+                f"global_scale = {self.global_scale} with static_amax = {self.static_amax}",
+                "A static scale and its calibrated amax come together.",
+                "Give both or neither.",
+            ))
+        if self.static_amax is not None and not 0 < self.static_amax < FP32_MAX:
+            found.append((f"static_amax = {self.static_amax}", "It must be positive and finite.", "Calibrate again."))
+        return found
+
+    @property
+    def fmt(self) -> BlockFormat:
+        return FORMATS[self.format]
+
+    @property
+    def is_tile(self) -> bool:
+        return self.block == Block.TILE16
+
+    @property
+    def k_multiple(self) -> int:
+        """The contraction length is zero-padded to a multiple of this, inside the operator."""
+        return max(self.fmt.block, self.hadamard)
+
+    def describe(self) -> str:
+        """Short text for reports: what differs from plain nearest rounding."""
+        extras = [
+            self.format,
+            "16x16" if self.is_tile else "",
+            "" if self.scale_rule is ScaleRule.AMAX else str(self.scale_rule),
+            "" if self.global_scale is GlobalScale.TENSOR else str(self.global_scale),
+            "sr" if self.rounding is Rounding.STOCHASTIC else "",
+            f"h{self.hadamard}" if self.hadamard else "",
+        ]
+        return "+".join(e for e in extras if e)
+
+
+def round_up(value: int, multiple: int) -> int:
+    """Smallest multiple that is at least `value`; works on SymInt too."""
+    return (value + multiple - 1) // multiple * multiple

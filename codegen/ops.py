@@ -1,0 +1,127 @@
+"""The `fp4::` operators that passes put into a graph: schema, shapes, and one implementation per device.
+
+All are functional. Stochastic rounding is a function of its `seed` argument, so the operators themselves are pure and a compiler may
+save or move them freely; that a seed is never used twice is the passes' duty.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import SymInt, Tensor
+from torch.library import Library, register_fake
+
+from fp4compile.codegen.formats import FORMATS, GlobalScale, QuantConfig, round_up
+from fp4compile.codegen.reference.block import quantize_ref
+from fp4compile.codegen.reference.grouped import scaled_grouped_mm_ref
+from fp4compile.codegen.reference.hadamard import hadamard_ref
+from fp4compile.codegen.reference.matmul import scaled_mm_ref
+
+_LIB = Library("fp4", "DEF")
+# flexible_layout: every implementation reads strides, so Inductor never has to copy an input into another layout.
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
+_OPERANDS = "Tensor a, Tensor? a_scales, Tensor? a_global, Tensor b, Tensor? b_scales, Tensor? b_global"
+_LIB.define(
+    "quantize(Tensor x, int axis, str format, str block, str scale_rule, str global_scale, str rounding, int hadamard,"
+    " float? static_amax=None, Tensor? seed=None) -> (Tensor codes, Tensor scales, Tensor global_scale)",
+    tags=_TAGS,
+)
+_LIB.define(f"scaled_mm({_OPERANDS}, Tensor? bias, SymInt k, ScalarType out_dtype) -> Tensor", tags=_TAGS)
+_LIB.define(f"scaled_grouped_mm({_OPERANDS}, Tensor offs, SymInt k, ScalarType out_dtype) -> Tensor", tags=_TAGS)
+_LIB.define("hadamard(Tensor x, int axis, int size) -> Tensor", tags=_TAGS)
+
+QUANTIZE: Final = torch.ops.fp4.quantize.default
+SCALED_MM: Final = torch.ops.fp4.scaled_mm.default
+SCALED_GROUPED_MM: Final = torch.ops.fp4.scaled_grouped_mm.default
+HADAMARD: Final = torch.ops.fp4.hadamard.default
+
+
+def quantize_args(config: QuantConfig) -> tuple[object, ...]:
+    """The operator arguments, after `x` and `axis`, that spell `config`."""
+    c = config
+    return (c.format, str(c.block), str(c.scale_rule), str(c.global_scale), str(c.rounding), c.hadamard, c.static_amax)
+
+
+def config_of(*args: object) -> QuantConfig:
+    """The inverse of `quantize_args`."""
+    fields = ("format", "block", "scale_rule", "global_scale", "rounding", "hadamard", "static_amax")
+    return QuantConfig(**dict(zip(fields, args, strict=True)))  # type: ignore[arg-type]
+
+
+@register_fake("fp4::quantize", lib=_LIB)
+def _quantize_fake(x, axis, format, block, scale_rule, global_scale, rounding, hadamard, static_amax=None, seed=None):
+    fmt = FORMATS[format]
+    rows, k = (x.shape[-2], x.shape[-1]) if axis == -1 else (x.shape[-1], x.shape[-2])
+    batch = x.shape[:-2]
+    padded = round_up(k, max(fmt.block, hadamard))
+    per_row = (rows,) if global_scale == GlobalScale.ROW else ()
+    return (
+        x.new_empty((*batch, rows, padded // 2), dtype=torch.uint8),
+        x.new_empty((*batch, rows, padded // fmt.block), dtype=fmt.scale_dtype),
+        x.new_empty((*batch, *per_row), dtype=torch.float32),
+    )
+
+
+@register_fake("fp4::scaled_mm", lib=_LIB)
+def _scaled_mm_fake(a, a_scales, a_global, b, b_scales, b_global, bias, k, out_dtype):
+    return a.new_empty((*a.shape[:-1], b.shape[-2]), dtype=out_dtype)
+
+
+@register_fake("fp4::scaled_grouped_mm", lib=_LIB)
+def _scaled_grouped_mm_fake(a, a_scales, a_global, b, b_scales, b_global, offs, k, out_dtype):
+    return a.new_empty((a.shape[0], b.shape[-2]), dtype=out_dtype)
+
+
+@register_fake("fp4::hadamard", lib=_LIB)
+def _hadamard_fake(x, axis, size):
+    shape = list(x.shape)
+    shape[axis] = round_up(shape[axis], size)
+    return x.new_empty(shape)
+
+
+def _quantize_cpu(x, axis, format, block, scale_rule, global_scale, rounding, hadamard, static_amax=None, seed=None):
+    config = config_of(format, block, scale_rule, global_scale, rounding, hadamard, static_amax)
+    return tuple(t.contiguous() for t in quantize_ref(x, config, axis=axis, seed=seed))
+
+
+def _hadamard_cpu(x: Tensor, axis: int, size: int) -> Tensor:
+    moved = x if axis == -1 else x.mT
+    moved = torch.nn.functional.pad(moved, (0, round_up(moved.shape[-1], size) - moved.shape[-1]))
+    rotated = hadamard_ref(moved, size)
+    return rotated if axis == -1 else rotated.mT.contiguous()
+
+
+def _scaled_mm_cpu(
+    a: Tensor,
+    a_scales: Tensor | None,
+    a_global: Tensor | None,
+    b: Tensor,
+    b_scales: Tensor | None,
+    b_global: Tensor | None,
+    bias: Tensor | None,
+    k: int | SymInt,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return scaled_mm_ref(a, a_scales, a_global, b, b_scales, b_global, bias, int(k), out_dtype)
+
+
+_LIB.impl("quantize", _quantize_cpu, "CPU")
+_LIB.impl("scaled_mm", _scaled_mm_cpu, "CPU")
+_LIB.impl("scaled_grouped_mm", scaled_grouped_mm_ref, "CPU")
+_LIB.impl("hadamard", _hadamard_cpu, "CPU")
+
+
+def _on_cuda(name: str):
+    """CUDA implementations live with the Triton kernels, which are imported when the first one runs."""
+
+    def call(*args, **kwargs):
+        from fp4compile.codegen.kernels import launch
+
+        return getattr(launch, name)(*args, **kwargs)
+
+    return call
+
+
+for _name in ("quantize", "scaled_mm", "scaled_grouped_mm", "hadamard"):
+    _LIB.impl(_name, _on_cuda(_name), "CUDA")

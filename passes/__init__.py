@@ -1,0 +1,1 @@
+"""Middle: the passes over a joint aten graph, in the order that `pipeline.py` gives."""

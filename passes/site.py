@@ -1,0 +1,160 @@
+"""A site is one matmul of the graph, and a plan is what will be done with it. Both ride in `node.meta`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import fx
+
+from fp4compile.codegen.formats import QuantConfig
+
+Size = int | torch.SymInt
+
+_SITE, _PLAN, _INPUT, _CONSTANT, _KERNEL = "fp4_site", "fp4_plan", "fp4_input", "fp4_constant", "fp4_kernel"
+
+
+class Role(StrEnum):
+    """Which of the matmuls of a layer this is. `matmul` multiplies two activations and has no weight."""
+
+    FPROP = "fprop"
+    DGRAD = "dgrad"
+    WGRAD = "wgrad"
+    MATMUL = "matmul"
+
+
+class OperandKind(StrEnum):
+    ACTIVATION = "activation"
+    WEIGHT = "weight"
+    GRADIENT = "gradient"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operand:
+    """One side of a matmul. `source` is the node to quantize, along `axis` (-1 or -2 of its last two dimensions)."""
+
+    kind: OperandKind
+    source: fx.Node
+    axis: int
+    parameter: str = ""  # fully qualified name, for weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One matmul: C (M, N) = A (M, K) times B (K, N), batched over `batch` matrices."""
+
+    name: str  # unique in its graph: module path, and a suffix where a module has several matmuls in this role
+    module: str  # module path without the root, as in `model.layers.0.mlp.up_proj`; "" for the root module
+    class_name: str  # class of the innermost module, as in `Linear`
+    role: Role
+    op: str  # aten name: mm, addmm, bmm, baddbmm, _grouped_mm, convolution, ...
+    m: Size
+    n: Size
+    k: Size
+    batch: Size = 1
+    dtype: torch.dtype
+    depth: int  # position of the layer among the graph's layers with a weight, from 0
+    layers: int  # how many such layers the graph has
+    lhs: Operand | None = None  # None where the site is never rewritten
+    rhs: Operand | None = None
+    traits: frozenset[str] = frozenset()  # graph facts: "tied", "router", "attention"
+    refusal: str = ""  # why no policy can quantize this site; empty where one may
+
+    @property
+    def flops(self) -> Size:
+        return 2 * self.batch * self.m * self.n * self.k
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """The policy's answer for a site: how each operand is quantized, which rule said so and why.
+
+    An operand left out of `configs` keeps its precision; with no configs at all the site is left alone.
+    """
+
+    configs: dict[OperandKind, QuantConfig]
+    rule: str  # "preset nvfp4, rule 2", "policy.toml, rule 1"
+    reason: str  # a sentence fragment for the report: "output head", "down_proj kept safer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A decision that holds for this site: the configs of its two operands. Both None: the site stays as it is."""
+
+    lhs: QuantConfig | None
+    rhs: QuantConfig | None
+    rule: str
+    reason: str
+
+    @property
+    def quantizes(self) -> bool:
+        return self.lhs is not None or self.rhs is not None
+
+    @property
+    def precision(self) -> str:
+        """Report spelling: `bf16`-like when untouched, else as in `nvfp4 W4A4` or `nvfp4 W4A16`."""
+        if not self.quantizes:
+            return "high"
+        both = self.lhs is not None and self.rhs is not None
+        config = self.rhs or self.lhs
+        assert config is not None
+        return f"{config.format} {'W4A4' if both else 'W4A16'}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constant:
+    """Marks a node computed from parameters alone: the weight store holds its value and the compiled graph reads it as an input."""
+
+    parameters: tuple[int, ...]  # positions among the graph's flat inputs
+
+
+def site_of(node: fx.Node) -> Site | None:
+    return node.meta.get(_SITE)
+
+
+def plan_of(node: fx.Node) -> Plan | None:
+    return node.meta.get(_PLAN)
+
+
+def input_of(node: fx.Node) -> int | None:
+    """Position of a placeholder among the flat inputs that Dynamo gave, or None."""
+    return node.meta.get(_INPUT)
+
+
+def constant_of(node: fx.Node) -> Constant | None:
+    return node.meta.get(_CONSTANT)
+
+
+def kernel_of(node: fx.Node) -> str | None:
+    return node.meta.get(_KERNEL)
+
+
+def set_site(node: fx.Node, site: Site) -> None:
+    node.meta[_SITE] = site
+
+
+def set_plan(node: fx.Node, plan: Plan) -> None:
+    node.meta[_PLAN] = plan
+
+
+def set_input(node: fx.Node, position: int) -> None:
+    node.meta[_INPUT] = position
+
+
+def set_constant(node: fx.Node, constant: Constant) -> None:
+    node.meta[_CONSTANT] = constant
+
+
+def set_kernel(node: fx.Node, kernel: str) -> None:
+    node.meta[_KERNEL] = kernel
+
+
+def fake_of(node: fx.Node) -> Any:
+    """The fake value of a node: a FakeTensor, a SymInt, or a tuple of them."""
+    return node.meta["val"]
+
+
+def is_backward(node: fx.Node) -> bool:
+    return node.meta.get("partitioner_tag") == "is_backward"
