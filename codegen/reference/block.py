@@ -92,8 +92,10 @@ def _encode_scale(finite_magnitude: Tensor, config: QuantConfig) -> Tensor:
     else:
         dims = (-1,) if config.global_scale is GlobalScale.ROW else (-2, -1)
         amax = _amax_or_zero(finite_magnitude, dims)
+    # A tensor above the bar: torch computes `number / tensor` as a reciprocal and a product, which rounds twice.
+    quotient = amax.new_full((), bound) / amax
     # Below A = 7.9e-36 the quotient would be Inf; the cap keeps it finite.
-    return torch.where(amax == 0, 1.0, (bound / amax).clamp(max=FP32_MAX))
+    return torch.where(amax == 0, 1.0, quotient.clamp(max=FP32_MAX))
 
 
 def _amax_or_zero(x: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -141,7 +143,7 @@ def _quantize_mxfp4(x: Tensor, config: QuantConfig, encode: Encoder) -> tuple[Te
     block_max = blocks.abs().amax(-1)
     exponent_byte = block_max.view(torch.int32) >> 23 & 0xFF
     byte = (exponent_byte - 2).clamp(min=0)  # e2m1's own largest exponent is 2
-    multiplier = torch.ldexp(torch.ones_like(block_max), 127 - byte)
+    multiplier = (254 - byte << 23).view(torch.float32)  # 2^(127 - byte), from its bits: pow on CUDA is not exact by contract
     codes = encode((blocks * multiplier[..., None]).flatten(-2))
     finite = torch.isfinite(block_max)
     scales = torch.where(finite, byte, 0xFF).to(torch.uint8).view(torch.float8_e8m0fnu)
