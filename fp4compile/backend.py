@@ -1,0 +1,115 @@
+"""The torch.compile backend: capture, pipeline, hand-off; nothing else."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from fp4compile import capture, handoff
+from fp4compile.codegen.target import target_of
+from fp4compile.options import Options
+from fp4compile.passes.base import PassContext
+from fp4compile.passes.pipeline import ANALYSIS, PIPELINE, run
+from fp4compile.passes.record import GraphRecord
+from fp4compile.passes.site import Decision, Site, is_backward
+from fp4compile.policy.load import load_policy
+from fp4compile.policy.rule import Policy
+from fp4compile.report.dump import Dump
+from fp4compile.report.report import Report
+from fp4compile.weights import STORE
+
+log = logging.getLogger(__name__)
+
+_RECORDS: list[GraphRecord] = []
+
+
+def fp4(gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None) -> Callable[..., Any]:
+    """`torch.compile(model, backend="fp4")` ends here, once for each graph that Dynamo captures."""
+    chosen = Options.parse(options, mode)
+    target = target_of(capture.device_of(example_inputs), where='torch.compile(backend="fp4")')
+    policy = load_policy(chosen.policy).resolve_for(target)
+    record = GraphRecord(id=capture.compile_id(), training=False, target=target.name, policy=policy.name)
+    transform = _Transform(policy, chosen, capture.parameter_names(gm, example_inputs), record, PIPELINE)
+
+    def after_fold(cut: fx.GraphModule, only_folded: Sequence[Any]) -> None:
+        if chosen.free_weights and not record.training:
+            record.freed_bytes += sum(STORE.free(p) for p in only_folded if isinstance(p, torch.nn.Parameter))
+
+    compiled = handoff.compile_with_inductor(
+        gm,
+        example_inputs,
+        transform=transform,
+        fingerprint=chosen.fingerprint(policy.fingerprint()),
+        mode=chosen.mode,
+        inductor=dict(chosen.inductor),
+        store=STORE,
+        after_fold=after_fold,
+    )
+    _RECORDS.append(record)
+    return compiled
+
+
+def _reset() -> None:
+    _RECORDS.clear()
+
+
+fp4.reset = _reset  # type: ignore[attr-defined]  # called by torch._dynamo.reset()
+
+
+def last_report() -> Report:
+    """Everything compiled since the last `torch._dynamo.reset()`: all graphs, all sites."""
+    return Report(graphs=tuple(_RECORDS))
+
+
+def explain(model: Callable[..., Any], *args: Any, policy: Any = "auto", strict: bool = False, **kwargs: Any) -> Report:
+    """Say what `torch.compile(model, backend="fp4")` would do for these inputs: every site, its precision, rule and reason.
+
+    The model runs once in its own precision, operator by operator; no kernel is built, and buffers are as they were afterwards.
+    """
+    chosen = Options.parse({"policy": policy, "strict": strict})
+    loaded = load_policy(chosen.policy)
+    records: list[GraphRecord] = []
+
+    def dry_run(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        target = target_of(capture.device_of(example_inputs), where="explain")
+        resolved = loaded.resolve_for(target)
+        record = GraphRecord(id=capture.compile_id(), training=False, target=target.name, policy=resolved.name)
+        records.append(record)
+        transform = _Transform(resolved, chosen, capture.parameter_names(gm, example_inputs), record, ANALYSIS)
+        return handoff.trace_only(gm, example_inputs, transform=transform, fingerprint="explain")
+
+    buffers = [(b, b.clone()) for b in model.buffers()] if isinstance(model, torch.nn.Module) else []
+    torch.compile(model, backend=dry_run)(*args, **kwargs)
+    with torch.no_grad():
+        for buffer, saved in buffers:
+            buffer.copy_(saved)
+    return Report(graphs=tuple(records))
+
+
+class _Transform:
+    """The pipeline over one joint graph, with its policy, options and record."""
+
+    def __init__(self, policy: Policy, options: Options, parameters: Mapping[int, str], record: GraphRecord, passes: Any) -> None:
+        self.policy, self.options, self.parameters, self.record, self.passes = policy, options, parameters, record, passes
+
+    def __call__(self, gm: fx.GraphModule) -> None:
+        capture.mark_inputs(gm.graph)
+        training = any(is_backward(node) for node in gm.graph.nodes)
+        self.record.training = training
+
+        def decide(sites: list[Site]) -> list[Decision]:
+            return self.policy.decide(sites, training=training)
+
+        device = capture.device_of([n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"])
+        ctx = PassContext(decide=decide, target=target_of(device), record=self.record, parameters=self.parameters, strict=self.options.strict)
+        dump = Dump(self.options.dump) if self.options.dump else None
+        if dump:
+            dump.start(self.record.id, gm)
+        run(gm, ctx, self.passes, instruments=[dump] if dump else [], check=self.options.verify)
+        if dump:
+            dump.finish(self.record, self.policy.to_toml())
+        log.debug("graph %s: %d sites, policy %s", self.record.id, len(self.record.sites), self.record.policy)

@@ -1,0 +1,51 @@
+"""Inbound: what torch hands a backend, read into plain values. Private torch API, the one file of two that may touch it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._functorch._aot_autograd.descriptors import PlainAOTInput
+
+from fp4compile.passes.module_path import readable_path
+from fp4compile.passes.site import set_input
+
+
+def parameter_names(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[int, str]:
+    """Flat input position -> fully qualified name, for the inputs of a Dynamo graph that are parameters."""
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    names: dict[int, str] = {}
+    for position, (node, value) in enumerate(zip(placeholders, example_inputs, strict=True)):
+        if isinstance(value, torch.nn.Parameter):
+            names[position] = _source_name(node) or node.name
+    return names
+
+
+def _source_name(node: fx.Node) -> str:
+    source = getattr(node, "_dynamo_source", None)
+    if source is None:
+        return ""
+    # A method before torch 2.12, a property since.
+    name = source.name() if callable(source.name) else source.name
+    return readable_path(name)
+
+
+def mark_inputs(graph: fx.Graph) -> None:
+    """Note on each placeholder of an AOT graph which of Dynamo's inputs it is."""
+    for node in graph.nodes:
+        if node.op == "placeholder" and isinstance(described := node.meta.get("desc"), PlainAOTInput):
+            set_input(node, described.idx)
+
+
+def compile_id() -> str:
+    """`0/1` for the second compilation of the first frame; `-` outside torch.compile."""
+    current = torch._guards.CompileContext.current_compile_id()
+    return "-" if current is None else str(current).replace("[", "").replace("]", "")
+
+
+def device_of(example_inputs: Sequence[Any]) -> torch.device:
+    """The device of the first CUDA input, else of the first tensor, else the CPU."""
+    devices = [x.device for x in example_inputs if isinstance(x, torch.Tensor)]
+    return next((d for d in devices if d.type != "cpu"), devices[0] if devices else torch.device("cpu"))

@@ -1,0 +1,117 @@
+"""The weight store: each weight quantized once, shared by all compiled graphs, renewed when a parameter changes.
+
+An entry belongs to the parameters it was computed from (held weakly) and to a recipe. It is current while each parameter has the
+version counter and the memory address that it had; in-place updates, `load_state_dict`, optimizer steps and `param.data = ...` change
+one of them. Writes through `param.data.add_(...)` change neither: after those, call `fp4compile.refresh(model)`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+
+from fp4compile.codegen.errors import Fp4CompileError
+
+State = tuple[tuple[int, int], ...]
+
+
+class WeightFreed(Fp4CompileError, RuntimeError):
+    template = (
+        "a compiled graph needs the high-precision weight of shape {shape}, but free_weights released it. "
+        "Call fp4compile.restore(model) first, or compile without free_weights."
+    )
+
+
+@dataclass(kw_only=True)
+class _Entry:
+    parameters: tuple[weakref.ref[Tensor], ...]
+    values: tuple[Tensor, ...]
+    state: State
+    compute: fx.GraphModule
+
+
+@dataclass(kw_only=True)
+class WeightStore:
+    """Maps (parameters, recipe) to quantized tensors."""
+
+    entries: dict[tuple[str, tuple[int, ...]], _Entry] = field(default_factory=dict)
+    quantizations: int = 0  # how often a weight was quantized, for tests and reports
+    freed: dict[int, weakref.ref[Tensor]] = field(default_factory=dict)
+
+    def fetch(self, recipe: str, parameters: Sequence[Tensor], compute: fx.GraphModule) -> tuple[Tensor, ...]:
+        """The value of `compute(*parameters)`, from the store when it is current."""
+        key = (recipe, tuple(map(id, parameters)))
+        entry = self.entries.get(key)
+        if entry is not None and all(ref() is p for ref, p in zip(entry.parameters, parameters, strict=True)):
+            if entry.state == _state(parameters):
+                return entry.values
+        return self._renew(key, parameters, compute, entry)
+
+    def _renew(self, key: tuple[str, tuple[int, ...]], parameters: Sequence[Tensor], compute: fx.GraphModule, old: _Entry | None) -> tuple[Tensor, ...]:
+        if any(id(p) in self.freed and self.freed[id(p)]() is p and not p.untyped_storage().nbytes() for p in parameters):
+            raise WeightFreed(shape=tuple(parameters[0].shape))
+        with torch.no_grad():
+            values = tuple(compute(*parameters))
+        self.quantizations += 1
+        if old is not None and all(a.shape == b.shape and a.device == b.device for a, b in zip(old.values, values, strict=True)):
+            # Same memory: a CUDA graph that reads these codes goes on without a new recording.
+            for kept, new in zip(old.values, values, strict=True):
+                kept.copy_(new)
+            values = old.values
+        drop = weakref.WeakMethod(self._drop)
+        references = tuple(weakref.ref(p, lambda _, key=key: (f := drop()) and f(key)) for p in parameters)
+        self.entries[key] = _Entry(parameters=references, values=values, state=_state(parameters), compute=compute)
+        return values
+
+    def _drop(self, key: tuple[str, tuple[int, ...]]) -> None:
+        self.entries.pop(key, None)
+
+    def free(self, parameter: Tensor) -> int:
+        """Release the memory of `parameter`, whose entries stay current. Returns the bytes released."""
+        released = parameter.untyped_storage().nbytes()
+        if not released:
+            return 0
+        parameter.untyped_storage().resize_(0)
+        self.freed[id(parameter)] = weakref.ref(parameter)
+        for entry in self._entries_of(parameter):
+            entry.state = _state([p for ref in entry.parameters if (p := ref()) is not None])
+        return released
+
+    def is_freed(self, parameter: Tensor) -> bool:
+        reference = self.freed.get(id(parameter))
+        return reference is not None and reference() is parameter and not parameter.untyped_storage().nbytes()
+
+    def restore(self, parameter: Tensor, values: Tensor) -> None:
+        """Give a freed parameter its memory back and fill it with `values`; entries made from it stay current."""
+        parameter.untyped_storage().resize_(parameter.numel() * parameter.element_size())
+        with torch.no_grad():
+            parameter.copy_(values)
+        self.freed.pop(id(parameter), None)
+        for entry in self._entries_of(parameter):
+            entry.state = _state([p for ref in entry.parameters if (p := ref()) is not None])
+
+    def codes_of(self, parameter: Tensor) -> list[tuple[fx.GraphModule, tuple[Tensor, ...]]]:
+        """(computation, values) of every entry computed from `parameter` alone."""
+        return [(e.compute, e.values) for e in self._entries_of(parameter) if len(e.parameters) == 1]
+
+    def refresh(self, parameters: Iterable[Tensor]) -> int:
+        """Forget what was computed from `parameters`, so that the next call quantizes them again. Returns the entries forgotten."""
+        wanted = {id(p) for p in parameters}
+        stale = [key for key in self.entries if wanted & set(key[1])]
+        for key in stale:
+            self.entries[key].state = ()
+        return len(stale)
+
+    def _entries_of(self, parameter: Tensor) -> list[_Entry]:
+        return [e for e in self.entries.values() if any(ref() is parameter for ref in e.parameters)]
+
+
+def _state(parameters: Sequence[Tensor]) -> State:
+    return tuple((p._version, p.data_ptr()) for p in parameters)
+
+
+STORE = WeightStore()

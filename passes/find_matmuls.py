@@ -1,0 +1,211 @@
+"""Find every matmul and say what it is.
+
+    mm(view(x), permute(W))  ->  the same, with a Site: module path, role, M, N, K, operands traced to weight, activation or gradient
+
+The backward of a layer carries the forward's `seq_nr`, so fprop, dgrad and wgrad are known without guessing from shapes or names.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from fp4compile.passes.base import NoMatch, Pass, PassContext, PassResult
+from fp4compile.passes.match import aten, computed_from_gradients, computed_from_parameters, named_parameter, underlying
+from fp4compile.passes.module_path import module_of
+from fp4compile.passes.site import Operand, OperandKind, Role, Site, fake_of, input_of, is_backward, set_site
+from fp4compile.passes.traits import traits_of
+
+# Position of the two factors among the arguments.
+_FACTORS = {
+    aten.mm.default: (0, 1),
+    aten.addmm.default: (1, 2),
+    aten.bmm.default: (0, 1),
+    aten._grouped_mm.default: (0, 1),
+}
+# Products that are counted and named in the report, but never rewritten.
+_LEFT_ALONE = {
+    "_scaled_dot_product": "attention is computed by one fused operator, which keeps its precision",
+    "_flash_attention": "attention is computed by one fused operator, which keeps its precision",
+    "_efficient_attention": "attention is computed by one fused operator, which keeps its precision",
+    "convolution": "a convolution is not a matmul of two matrices",
+    "mv": "a matrix-vector product is bound by reading the matrix once; Inductor computes it",
+    "dot": "a dot product has no matrix",
+    "_trilinear": "a bilinear form is not a matmul of two matrices",
+    "_scaled_mm": "the model already quantized this matmul itself",
+    "_int_mm": "an integer matmul keeps its dtype",
+    "mm": "this overload of mm (with its own output dtype) is left alone",
+    "bmm": "this overload of bmm (with its own output dtype) is left alone",
+    "addmm": "this overload of addmm (with its own output dtype) is left alone",
+    "_grouped_mm": "this overload of _grouped_mm is left alone",
+    "grouped_mm_fallback": "the model computes its experts in a loop of its own because their dtype is not bfloat16",
+    "_cdist_forward": "a distance is not a matmul",
+}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class FindMatmuls(Pass):
+    """Needs: a normalized graph. Leaves: a Site on each matmul, with the reason where none can be rewritten."""
+
+    name: ClassVar[str] = "find-matmuls"
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
+        facts = _Facts.of(gm.graph, ctx.parameters)
+        sites: dict[fx.Node, Site] = {}
+        for node in gm.graph.nodes:
+            found = match(node, facts)
+            if isinstance(found, Site):
+                sites[node] = found
+        for node, site in _with_unique_names(_with_depth(sites)).items():
+            set_site(node, site)
+        return PassResult(changed=len(sites))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Facts:
+    """What is known of the whole graph before single nodes are looked at."""
+
+    parameters: Mapping[int, str]
+    weights: set[fx.Node]  # computed from parameters alone
+    gradients: set[fx.Node]
+    forward_weights: dict[int, fx.Node]  # seq_nr -> forward matmul with a weight
+
+    @classmethod
+    def of(cls, graph: fx.Graph, parameters: Mapping[int, str]) -> _Facts:
+        weights = computed_from_parameters(graph, parameters)
+        forward = {
+            node.meta["seq_nr"]: node
+            for node in graph.nodes
+            if node.target in _FACTORS and not is_backward(node) and "seq_nr" in node.meta and any(a in weights for a in _factors(node))
+        }
+        return cls(parameters=parameters, weights=weights, gradients=computed_from_gradients(graph), forward_weights=forward)
+
+
+def match(node: fx.Node, facts: _Facts) -> Site | NoMatch:
+    """Describe `node` as a site, or say why it is none."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return NoMatch(reason="not an operator")
+    if node.target in _FACTORS:
+        return _matmul_site(node, facts)
+    name = node.target._schema.name.split("::")[-1]
+    refusal = next((why for prefix, why in _LEFT_ALONE.items() if name == prefix or (prefix[0] == "_" and name.startswith(prefix))), "")
+    if not refusal or is_backward(node):
+        return NoMatch(reason=f"{name} is not a matmul")
+    return _bare_site(node, name, refusal)
+
+
+def _factors(node: fx.Node) -> tuple[fx.Node, fx.Node]:
+    first, second = _FACTORS[node.target]
+    return node.args[first], node.args[second]  # type: ignore[return-value]
+
+
+def _matmul_site(node: fx.Node, facts: _Facts) -> Site:
+    left, right = _factors(node)
+    a, b, out = fake_of(left), fake_of(right), fake_of(node)
+    lhs, rhs = _operand(left, -1, facts), _operand(right, -2, facts)
+    module, class_name = module_of(node)
+    weight = next((o.parameter for o in (lhs, rhs) if o.kind is OperandKind.WEIGHT), "")
+    role = _role(node, lhs, rhs, facts)
+    op = node.target._schema.name.split("::")[-1]  # type: ignore[union-attr]
+    grouped_over_k = op == "_grouped_mm" and b.ndim == 2
+    return Site(
+        name="",
+        module=_path(module, weight),
+        class_name=class_name,
+        role=role,
+        op=op,
+        m=a.shape[-2],
+        n=b.shape[-1],
+        k=a.shape[-1],
+        batch=1 if op == "_grouped_mm" else (out.shape[0] if out.ndim == 3 else 1),
+        dtype=out.dtype,
+        depth=0,
+        layers=0,
+        lhs=lhs,
+        rhs=rhs,
+        traits=traits_of(node, (lhs, rhs)),
+        refusal=_refusal(a, b, out, grouped_over_k, op, node),
+    )
+
+
+def _refusal(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, grouped_over_k: bool, op: str, node: fx.Node) -> str:
+    for dtype in (a.dtype, b.dtype, out.dtype):
+        if dtype not in _DTYPES:
+            return f"dtype {str(dtype).removeprefix('torch.')} is not float32, bfloat16 or float16"
+    if any(isinstance(s, int) and s == 0 for s in (*a.shape, *b.shape)):
+        return "a dimension is zero"
+    if a.device != b.device:
+        return f"operands lie on two devices, {a.device} and {b.device}"
+    if grouped_over_k:
+        return "the groups of this grouped matmul split its contraction dimension, and blocks must not cross groups"
+    if op == "_grouped_mm" and (len(node.args) < 3 or node.args[2] is None or a.ndim != 2):
+        return "only a grouped matmul of a 2-D activation with offsets is rewritten"
+    if op == "_grouped_mm" and any(arg is not None for arg in (*node.args[3:4], node.kwargs.get("bias"))):
+        return "a grouped matmul with a bias is left alone"
+    return ""
+
+
+def _operand(node: fx.Node, axis: int, facts: _Facts) -> Operand:
+    source, axis = underlying(node, axis)
+    if source in facts.weights:
+        parameter = named_parameter(source)
+        position = input_of(parameter) if parameter is not None else None
+        return Operand(kind=OperandKind.WEIGHT, source=source, axis=axis, parameter=facts.parameters.get(position, "") if position is not None else "")
+    kind = OperandKind.GRADIENT if source in facts.gradients else OperandKind.ACTIVATION
+    return Operand(kind=kind, source=source, axis=axis)
+
+
+def _role(node: fx.Node, lhs: Operand, rhs: Operand, facts: _Facts) -> Role:
+    has_weight = OperandKind.WEIGHT in (lhs.kind, rhs.kind)
+    if not is_backward(node):
+        return Role.FPROP if has_weight else Role.MATMUL
+    if has_weight:
+        return Role.DGRAD
+    return Role.WGRAD if node.meta.get("seq_nr") in facts.forward_weights else Role.MATMUL
+
+
+def _path(module: str, parameter: str) -> str:
+    """The module path; with the parameter's own name where that is not `weight`, as in `mlp.experts.gate_up_proj`."""
+    leaf = parameter.rsplit(".", 1)[-1]
+    if not parameter or leaf == "weight":
+        return module or parameter.removesuffix(".weight")
+    return parameter
+
+
+def _bare_site(node: fx.Node, op: str, refusal: str) -> Site:
+    module, class_name = module_of(node)
+    value = fake_of(node)
+    out = value[0] if isinstance(value, tuple) else value
+    return Site(
+        name="", module=module, class_name=class_name, role=Role.MATMUL, op=op, m=out.shape[-2] if out.ndim > 1 else 1, n=out.shape[-1] if out.ndim else 1,
+        k=0, dtype=out.dtype, depth=0, layers=0, refusal=refusal,
+    )  # fmt: skip
+
+
+def _with_depth(sites: Mapping[fx.Node, Site]) -> dict[fx.Node, Site]:
+    """Number the layers that have a weight in forward order; backward sites get the number of their forward."""
+    forward = [node for node, site in sites.items() if site.role is Role.FPROP]
+    depth_of_seq = {node.meta["seq_nr"]: i for i, node in enumerate(forward) if "seq_nr" in node.meta}
+    depth = {node: i for i, node in enumerate(forward)}
+    return {
+        node: replace(site, depth=depth.get(node, depth_of_seq.get(node.meta.get("seq_nr", -1), 0)), layers=len(forward))
+        for node, site in sites.items()
+    }
+
+
+def _with_unique_names(sites: Mapping[fx.Node, Site]) -> dict[fx.Node, Site]:
+    """Names are module paths; `#2`, `#3` tell several matmuls of one module and role apart."""
+    seen: Counter[tuple[str, Role]] = Counter()
+    named: dict[fx.Node, Site] = {}
+    for node, site in sites.items():
+        base = site.module or site.op
+        seen[base, site.role] += 1
+        count = seen[base, site.role]
+        named[node] = replace(site, name=base if count == 1 else f"{base}#{count}")
+    return named
