@@ -21,7 +21,7 @@ class UnknownName(Fp4CompileError, ValueError):
     template = "unknown {what} {found!r}{where}. {advice}"
 
     def __init__(self, *, what: str, found: str, valid: Iterable[str], where: str = "") -> None:
-        names = sorted(valid)
+        names = sorted(str(v) for v in valid)
         near = difflib.get_close_matches(found, names, n=1, cutoff=0.5)
         hint = f"Did you mean {near[0]!r}? " if near else ""
         super().__init__(

@@ -42,8 +42,8 @@ def quantize_ref(x: Tensor, config: QuantConfig, *, axis: int = -1, seed: Tensor
 
 def dequantize_ref(codes: Tensor, scales: Tensor, global_scale: Tensor | None = None) -> Tensor:
     """(..., R, Kp) float32 values of packed `codes`; without `global_scale` they are exact in bf16 too (NVFP4: 6 significant bits)."""
-    values = decode_ref(unpack_ref(codes)).unflatten(-1, (scales.shape[-1], -1))
-    values = (values * scales.float()[..., None]).flatten(-2)
+    values = decode_ref(unpack_ref(codes))
+    values = values * scales.float().repeat_interleave(values.shape[-1] // max(scales.shape[-1], 1), -1)
     if global_scale is None:
         return values
     return values * global_scale.reshape(*global_scale.shape, *(1,) * (values.ndim - global_scale.ndim))
