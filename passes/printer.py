@@ -15,8 +15,9 @@ import torch
 from torch import fx
 
 from fp4compile.passes.literals import argument_names, function_import, function_text, hint_of, is_literal, literal, short_type
+from fp4compile.passes.module_path import module_of
 from fp4compile.passes.site import constant_of, is_backward, kernel_of, plan_of, site_of
-from fp4compile.passes.value_names import ValueNames, is_result_of_tuple, module_path, parameter_names
+from fp4compile.passes.value_names import ValueNames, is_result_of_tuple, parameter_names
 
 _WIDTH: Final = 140
 _SAMPLE: Final = '''
@@ -65,12 +66,12 @@ class _Printer:
         return text + _SAMPLE + self._main(inputs) if runs_alone else text
 
     def _body(self, gm: fx.GraphModule, indent: str) -> list[str]:
-        lines: list[str] = []
         nodes = [n for n in gm.graph.nodes if n.op != "placeholder"]
         training = any(is_backward(n) for n in nodes)
+        lines: list[str] = []
         previous = ""
-        for place, group in groupby(nodes, key=lambda n: (module_path(n), is_backward(n))):
-            run = list(group)
+        for place, group in groupby(zip(nodes, _places(nodes), strict=True), key=lambda pair: pair[1]):
+            run = [node for node, _ in group]
             heading = _heading(*place, training, run)
             if heading and heading != previous and run[0].op != "output":
                 lines.append(f"{indent}# {heading}")
@@ -92,7 +93,8 @@ class _Printer:
         whole = f"{line}{function}({', '.join(arguments)}){comment}"
         if len(whole) <= _WIDTH:
             return [whole]
-        return [f"{line}{function}(", *(f"{indent}    {a}," for a in arguments), f"{indent}){comment}"]
+        inside = f"{indent}    {', '.join(arguments)}"
+        return [f"{line}{function}(", *([inside] if len(inside) <= _WIDTH else [f"{indent}    {a}," for a in arguments]), f"{indent}){comment}"]
 
     def _call(self, node: fx.Node) -> tuple[str, list[str]]:
         target = node.target
@@ -162,6 +164,17 @@ def _census(graph: fx.Graph) -> str:
     inputs = sum(n.op == "placeholder" for n in graph.nodes)
     fp4 = sum(str(n.target).startswith("fp4.") for n in operations)
     return f"{inputs} inputs, {len(operations)} operations, {fp4} of them fp4"
+
+
+def _places(nodes: list[fx.Node]) -> list[tuple[str, bool]]:
+    """(module path, backward) of each node. A node that no module claims stands where the one before it stood."""
+    places: list[tuple[str, bool]] = []
+    for node in nodes:
+        path, backward = module_of(node)[0], is_backward(node)
+        if not path and places and (places[-1][1] == backward or node.op == "output"):
+            path, backward = places[-1]
+        places.append((path, backward))
+    return places
 
 
 def _heading(path: str, backward: bool, training: bool, run: list[fx.Node]) -> str:

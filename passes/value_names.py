@@ -1,10 +1,9 @@
-"""Names that a graph is read by: of its values, of the module each was traced in, of the parameters among its inputs."""
+"""Names that a graph is read by: of its values, and of the parameters among its inputs."""
 
 from __future__ import annotations
 
 import builtins
 import keyword
-import re
 from collections import Counter
 from typing import Final
 
@@ -68,16 +67,6 @@ def is_result_of_tuple(node: fx.Node) -> bool:
     if node.op != "call_function" or getattr(node.target, "__name__", "") != "getitem" or len(node.args) != 2:
         return False
     return isinstance(node.args[0], fx.Node) and isinstance(node.args[1], int)
-
-
-def module_path(node: fx.Node) -> str:
-    """Path of the innermost module that `node` was traced in, as in `model.layers.0.mlp`; for a backward node, that of its forward."""
-    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
-    if not stack:
-        return ""
-    path = re.sub(r"^[LG]\['\w*'\]\.?", "", list(stack.values())[-1][0])
-    path = re.sub(r"\._modules(?=\[)", "", path)
-    return re.sub(r"\[['\"]?([^\]'\"]*)['\"]?\]", r".\1", path).strip(".")
 
 
 def parameter_names(graph: fx.Graph) -> dict[fx.Node, str]:
