@@ -59,7 +59,7 @@ def is_literal(value: Any) -> bool:
 
 def literal(value: Any, spell: Callable[[Any], str]) -> str:
     """Python text that evaluates to `value`; `spell` gives the name of a node and of anything that is no literal."""
-    if isinstance(value, fx.Node) or not is_literal(value) and not isinstance(value, (tuple, list, Mapping, slice)):
+    if isinstance(value, fx.Node) or not (is_literal(value) or isinstance(value, (tuple, list, Mapping, slice))):
         return spell(value)
     if isinstance(value, tuple):
         inner = ", ".join(literal(v, spell) for v in value)

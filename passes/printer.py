@@ -1,7 +1,8 @@
 """An FX graph as Python text that a person can read, a shell can run and `diff` can compare.
 
-`GraphModule.print_readable` shows source paths of the user's machine and fx's own names, which shift when a pass inserts a node. Here names
-come from operation and order, nothing of the machine is shown, and `exec` of the text gives a function `graph` that computes what the graph does.
+`GraphModule.print_readable` shows source paths of the user's machine and fx's own names, which shift when a pass inserts a node. Here
+names come from operation and order, nothing of the machine is shown, and `exec` of the text gives a function `graph` that computes
+what the graph does.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ def sample(dtype, shape, stride, device):
 
 
 def print_graph(gm: fx.GraphModule, *, title: str = "", names: ValueNames | None = None, runs_alone: bool = False) -> str:
-    """Text of a module with a function `graph`, whose parameters are the flat inputs of `gm` and then its constants (`constants_of`).
+    """Text of a module with a function `graph`, whose parameters are the flat inputs of the aten graph `gm`, then its constants (`constants_of`).
 
-    `title` becomes the first line. `names` keeps names steady over several prints of one graph. With `runs_alone` the text also makes inputs of
-    the recorded shapes and runs itself as a script.
+    `title` becomes the first line. `names` keeps names steady over several prints of one graph. With `runs_alone` the text also makes
+    inputs of the recorded shapes and runs itself as a script.
     """
     return _Printer(gm, names or ValueNames()).text(title, runs_alone)
 
@@ -93,20 +94,18 @@ class _Printer:
         whole = f"{line}{function}({', '.join(arguments)}){comment}"
         if len(whole) <= _WIDTH:
             return [whole]
-        inside = f"{indent}    {', '.join(arguments)}"
-        return [f"{line}{function}(", *([inside] if len(inside) <= _WIDTH else [f"{indent}    {a}," for a in arguments]), f"{indent}){comment}"]
+        return [f"{line}{function}(", *_filled(arguments, indent + "    "), f"{indent}){comment}"]
 
     def _call(self, node: fx.Node) -> tuple[str, list[str]]:
         target = node.target
         keywords = self._keywords(node.kwargs)
-        if isinstance(target, str):
-            receiver, *arguments = [self._literal(a) for a in node.args] if node.op == "call_method" else ["", *map(self._literal, node.args)]
-            owner = receiver or self.names.of_constant(id(_attribute(self.gm, target)))
-            return (f"{owner}.{target}" if receiver else owner), arguments + keywords
+        if node.op == "call_method":
+            receiver, *arguments = map(self._literal, node.args)
+            return f"{receiver}.{target}", arguments + keywords
         self._import(target)
         named = argument_names(target) if str(target).startswith("fp4.") else []
         # A row of bare strings and numbers says nothing. The fp4 schemas start with tensors, which read well without names.
-        first_plain = next((i for i, a in enumerate(node.args) if not isinstance(a, fx.Node) and a is not None), len(node.args))
+        first_plain = next((i for i, a in enumerate(node.args) if not isinstance(a, fx.Node)), len(node.args))
         arguments = [
             f"{named[i]}={self._literal(a)}" if named and i >= first_plain else self._literal(a) for i, a in enumerate(node.args)
         ]
@@ -159,6 +158,17 @@ class _Printer:
         return "\n".join([*lines, 'if __name__ == "__main__":', "    print(graph(*example_inputs()))"]) + "\n"
 
 
+def _filled(arguments: list[str], indent: str) -> list[str]:
+    """Arguments on as few lines as the width allows."""
+    lines = [indent + arguments[0] + ","]
+    for argument in arguments[1:]:
+        if len(lines[-1]) + len(argument) + 2 > _WIDTH:
+            lines.append(indent + argument + ",")
+        else:
+            lines[-1] += f" {argument},"
+    return lines
+
+
 def _census(graph: fx.Graph) -> str:
     operations = [n for n in graph.nodes if n.op.startswith("call_") and not is_result_of_tuple(n)]
     inputs = sum(n.op == "placeholder" for n in graph.nodes)
@@ -178,7 +188,7 @@ def _places(nodes: list[fx.Node]) -> list[tuple[str, bool]]:
 
 
 def _heading(path: str, backward: bool, training: bool, run: list[fx.Node]) -> str:
-    """`backward | model.layers.0.mlp.up_proj | dgrad wgrad`: direction in training graphs, module path, roles of the matmuls that follow."""
+    """`backward | model.layers.0.mlp.up_proj | dgrad wgrad`: direction in training graphs, module path, roles of the matmuls there."""
     roles = dict.fromkeys(str(site.role) for n in run if (site := site_of(n)) is not None)
     direction = ("backward" if backward else "forward") if training else ""
     return " | ".join(part for part in (direction, path, " ".join(roles)) if part)
@@ -193,9 +203,6 @@ def _constants(gm: fx.GraphModule) -> Iterator[tuple[int, Any]]:
                 yield from _constants(value)
             else:
                 yield id(value), value
-        elif node.op == "call_module":
-            value = _attribute(gm, node.target)
-            yield id(value), value
         for value in _leaves([node.args, node.kwargs]):
             if not is_literal(value):
                 yield id(value), value

@@ -17,7 +17,7 @@ _RESERVED: Final = frozenset({*keyword.kwlist, *dir(builtins), "torch", "operato
 
 
 class ValueNames:
-    """`mm_3` is the fourth `mm` seen. Hand one table to several prints of a graph, and a value keeps its name while passes rewrite around it."""
+    """`mm_3` is the fourth `mm` seen. One table over several prints of a graph keeps each value's name while passes rewrite around it."""
 
     def __init__(self) -> None:
         self._names: dict[object, str] = {}
