@@ -80,6 +80,15 @@ def _hadamard_fake(x, axis, size):
     return x.new_empty(shape)
 
 
+# For passes that add many nodes: the fake implementations themselves, several times cheaper than dispatching the operator.
+SHAPE_RULES: Final = {
+    QUANTIZE: _quantize_fake,
+    SCALED_MM: _scaled_mm_fake,
+    SCALED_GROUPED_MM: _scaled_grouped_mm_fake,
+    HADAMARD: _hadamard_fake,
+}
+
+
 def _quantize_cpu(x, axis, format, block, scale_rule, global_scale, rounding, hadamard, static_amax=None, seed=None):
     config = config_of(format, block, scale_rule, global_scale, rounding, hadamard, static_amax)
     return tuple(t.contiguous() for t in quantize_ref(x, config, axis=axis, seed=seed))

@@ -52,7 +52,7 @@ class WeightStore:
         return self._renew(key, parameters, compute, entry)
 
     def _renew(self, key: tuple[str, tuple[int, ...]], parameters: Sequence[Tensor], compute: fx.GraphModule, old: _Entry | None) -> tuple[Tensor, ...]:
-        if any(id(p) in self.freed and self.freed[id(p)]() is p and not p.untyped_storage().nbytes() for p in parameters):
+        if self.freed and any(map(self.is_freed, parameters)):
             raise WeightFreed(shape=tuple(parameters[0].shape))
         with torch.no_grad():
             values = tuple(compute(*parameters))
@@ -71,26 +71,28 @@ class WeightStore:
         self.entries.pop(key, None)
 
     def free(self, parameter: Tensor) -> int:
-        """Release the memory of `parameter`, whose entries stay current. Returns the bytes released."""
-        released = parameter.untyped_storage().nbytes()
-        if not released:
+        """Release the memory of `parameter`, whose entries stay current. Returns the bytes released.
+
+        What remains is one NaN expanded to the old shape: whoever still reads the weight sees NaN, and writes raise.
+        """
+        if self.is_freed(parameter):
             return 0
-        parameter.untyped_storage().resize_(0)
+        released = parameter.numel() * parameter.element_size()
+        self._swap(parameter, torch.full((1,), torch.nan, dtype=parameter.dtype, device=parameter.device).expand(parameter.shape))
         self.freed[id(parameter)] = weakref.ref(parameter)
-        for entry in self._entries_of(parameter):
-            entry.state = _state([p for ref in entry.parameters if (p := ref()) is not None])
         return released
 
     def is_freed(self, parameter: Tensor) -> bool:
         reference = self.freed.get(id(parameter))
-        return reference is not None and reference() is parameter and not parameter.untyped_storage().nbytes()
+        return reference is not None and reference() is parameter and not any(parameter.stride())
 
     def restore(self, parameter: Tensor, values: Tensor) -> None:
-        """Give a freed parameter its memory back and fill it with `values`; entries made from it stay current."""
-        parameter.untyped_storage().resize_(parameter.numel() * parameter.element_size())
-        with torch.no_grad():
-            parameter.copy_(values)
+        """Give a freed parameter memory of its own, filled with `values`; entries made from it stay current."""
+        self._swap(parameter, values.to(dtype=parameter.dtype, device=parameter.device, copy=True).reshape(parameter.shape).contiguous())
         self.freed.pop(id(parameter), None)
+
+    def _swap(self, parameter: Tensor, data: Tensor) -> None:
+        parameter.data = data
         for entry in self._entries_of(parameter):
             entry.state = _state([p for ref in entry.parameters if (p := ref()) is not None])
 

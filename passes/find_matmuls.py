@@ -189,14 +189,19 @@ def _bare_site(node: fx.Node, op: str, refusal: str) -> Site:
 
 
 def _with_depth(sites: Mapping[fx.Node, Site]) -> dict[fx.Node, Site]:
-    """Number the layers that have a weight in forward order; backward sites get the number of their forward."""
-    forward = [node for node, site in sites.items() if site.role is Role.FPROP]
-    depth_of_seq = {node.meta["seq_nr"]: i for i, node in enumerate(forward) if "seq_nr" in node.meta}
-    depth = {node: i for i, node in enumerate(forward)}
-    return {
-        node: replace(site, depth=depth.get(node, depth_of_seq.get(node.meta.get("seq_nr", -1), 0)), layers=len(forward))
-        for node, site in sites.items()
-    }
+    """Number the layers that have a weight in forward order; a backward site takes number and path of its forward."""
+    layers = [node for node, site in sites.items() if site.role is Role.FPROP]
+    depth = {node: i for i, node in enumerate(layers)}
+    forward_of_seq = {node.meta["seq_nr"]: node for node in layers if "seq_nr" in node.meta}
+    numbered: dict[fx.Node, Site] = {}
+    for node, site in sites.items():
+        forward = node if site.role is Role.FPROP else forward_of_seq.get(node.meta.get("seq_nr"))
+        if site.role is Role.MATMUL or forward is None:
+            numbered[node] = replace(site, layers=len(layers))
+            continue
+        origin = sites[forward]
+        numbered[node] = replace(site, depth=depth[forward], layers=len(layers), module=origin.module, class_name=origin.class_name)
+    return numbered
 
 
 def _with_unique_names(sites: Mapping[fx.Node, Site]) -> dict[fx.Node, Site]:

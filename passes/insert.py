@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fp4compile.codegen import ops
 from fp4compile.passes.site import fake_of
 
 # Metadata that says where a node comes from. `seq_nr` ties a backward node to its forward one.
@@ -33,7 +34,7 @@ def call(
     if tag is not None:
         node.meta["partitioner_tag"] = tag
     fake_args, fake_kwargs = fx.map_arg((args, kwargs), fake_of)
-    node.meta["val"] = target(*fake_args, **fake_kwargs)
+    node.meta["val"] = ops.SHAPE_RULES.get(target, target)(*fake_args, **fake_kwargs)
     return node
 
 

@@ -31,42 +31,54 @@ class InsertQuantize(Pass):
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         planned = [node for node in gm.graph.nodes if (plan := plan_of(node)) is not None and plan.quantizes and node.target not in _DONE]
-        seeds = _Seeds(gm.graph, planned)
+        places = _Places(gm.graph, planned)
         for node in planned:
-            _rewrite(node, seeds)
-        return PassResult(changed=len(planned), notes=seeds.notes())
+            _rewrite(node, places)
+        return PassResult(changed=len(planned), notes=places.notes())
 
 
 _DONE = {ops.SCALED_MM, ops.SCALED_GROUPED_MM}
 
 
-class _Seeds:
-    """One draw of n int64 seeds at the start of the graph part that needs them, and the next unused element of it."""
+class _Places:
+    """Where new nodes go, and the seeds of stochastic rounding: one draw of n int64 values, element i read by operand i alone."""
 
     def __init__(self, graph: fx.Graph, planned: list[fx.Node]) -> None:
-        self.count = sum(config is not None and config.rounding is Rounding.STOCHASTIC for n in planned for config in _configs(n))
+        self.graph = graph
+        self.last_input = [n for n in graph.nodes if n.op == "placeholder"][-1] if planned else None
+        drawing = [n for n in planned if any(_is_stochastic(c) for c in _configs(n))]
+        self.count = sum(_is_stochastic(c) for n in drawing for c in _configs(n))
         self.used = 0
-        if self.count:
-            self.tensor = self._draw(graph, planned)
+        if drawing:
+            self.seeds = self._draw(drawing)
 
-    def _draw(self, graph: fx.Graph, planned: list[fx.Node]) -> fx.Node:
-        drawing = [n for n in planned if any(c is not None and c.rounding is Rounding.STOCHASTIC for c in _configs(n))]
+    def _draw(self, drawing: list[fx.Node]) -> fx.Node:
         # Drawn in the backward when only gradients are rounded: the forward then has nothing to save for it.
         tags = {n.meta.get("partitioner_tag") for n in drawing}
         tag = tags.pop() if len(tags) == 1 else "is_forward"
-        last_input = [n for n in graph.nodes if n.op == "placeholder"][-1]
         kwargs = {"dtype": torch.int64, "device": fake_of(drawing[0]).device, "pin_memory": False}
-        with graph.inserting_after(last_input), fake_of(drawing[0]).fake_mode:
-            return call(graph, aten.randint.low, (0, 2**62, [self.count]), kwargs, like=drawing[0], tag=tag)
+        with self.graph.inserting_after(self.last_input), fake_of(drawing[0]).fake_mode:
+            return call(self.graph, aten.randint.low, (0, 2**62, [self.count]), kwargs, like=drawing[0], tag=tag)
 
-    def next(self, graph: fx.Graph, like: fx.Node, tag: str | None) -> fx.Node:
+    def after(self, source: fx.Node) -> fx.Node:
+        """Placeholders stand at the front of a graph; what reads one goes after the last of them, and after the draw."""
+        if source.op != "placeholder":
+            return source
+        assert self.last_input is not None
+        return self.seeds if self.count else self.last_input
+
+    def seed(self, like: fx.Node, tag: str | None) -> fx.Node:
         """A scalar seed that nobody else reads."""
-        seed = call(graph, aten.select.int, (self.tensor, 0, self.used), like=like, tag=tag)
+        seed = call(self.graph, aten.select.int, (self.seeds, 0, self.used), like=like, tag=tag)
         self.used += 1
         return seed
 
     def notes(self) -> tuple[str, ...]:
         return (f"{self.count} operands are rounded stochastically",) if self.count else ()
+
+
+def _is_stochastic(config: QuantConfig | None) -> bool:
+    return config is not None and config.rounding is Rounding.STOCHASTIC
 
 
 def _configs(node: fx.Node) -> tuple[QuantConfig | None, QuantConfig | None]:
@@ -75,11 +87,11 @@ def _configs(node: fx.Node) -> tuple[QuantConfig | None, QuantConfig | None]:
     return plan.lhs, plan.rhs
 
 
-def _rewrite(node: fx.Node, seeds: _Seeds) -> None:
+def _rewrite(node: fx.Node, places: _Places) -> None:
     site, plan = site_of(node), plan_of(node)
     assert site is not None and plan is not None and site.lhs is not None and site.rhs is not None
-    left = _quantized(node, site.lhs, plan.lhs, seeds)
-    right = _quantized(node, site.rhs, plan.rhs, seeds)
+    left = _quantized(node, site.lhs, plan.lhs, places)
+    right = _quantized(node, site.rhs, plan.rhs, places)
     with node.graph.inserting_before(node):
         new = _scaled_product(node, site, left or _high(node, site.lhs), right or _high(node, site.rhs))
     _carry(new, site, plan)
@@ -96,28 +108,21 @@ def _scaled_product(node: fx.Node, site: Site, left: tuple[Any, Any, Any], right
     return call(node.graph, ops.SCALED_MM, (*left, *right, bias, k, site.dtype), like=node)
 
 
-def _quantized(node: fx.Node, operand: Operand, config: QuantConfig | None, seeds: _Seeds) -> tuple[fx.Node, ...] | None:
+def _quantized(node: fx.Node, operand: Operand, config: QuantConfig | None, places: _Places) -> tuple[fx.Node, ...] | None:
     """(codes, scales, global scale) of `operand`, placed as early as possible so that all its readers can share them."""
     if config is None:
         return None
     graph, tag = node.graph, operand.source.meta.get("partitioner_tag")
-    stochastic = config.rounding is Rounding.STOCHASTIC
-    with graph.inserting_after(_last_of(operand.source)):
-        seed = seeds.next(graph, node, tag) if stochastic else None
-    with graph.inserting_after(seed or _last_of(operand.source)):
+    place = places.after(operand.source)
+    with graph.inserting_after(place):
+        seed = places.seed(node, tag) if _is_stochastic(config) else None
+    with graph.inserting_after(seed or place):
         packed = call(graph, ops.QUANTIZE, (operand.source, operand.axis, *ops.quantize_args(config), seed), like=node, tag=tag)
     parts: list[fx.Node] = []
     for index in range(3):
         with graph.inserting_after(parts[-1] if parts else packed):
             parts.append(call(graph, operator.getitem, (packed, index), like=node, tag=tag))
     return tuple(parts)
-
-
-def _last_of(source: fx.Node) -> fx.Node:
-    """Placeholders stand at the front of a graph; what reads one goes after the last of them."""
-    if source.op != "placeholder":
-        return source
-    return [n for n in source.graph.nodes if n.op == "placeholder"][-1]
 
 
 def _high(node: fx.Node, operand: Operand) -> tuple[fx.Node, None, None]:
