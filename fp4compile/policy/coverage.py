@@ -1,0 +1,99 @@
+"""Rules that cannot mean what they say: those that match nothing, and those that a later rule hides."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from fp4compile.codegen.errors import Fp4CompileError
+from fp4compile.passes.site import Site
+from fp4compile.policy.pattern import compile_pattern
+from fp4compile.policy.render import match_text
+from fp4compile.policy.setting import BACKWARD
+
+if TYPE_CHECKING:
+    from fp4compile.policy.rule import Policy, Rule
+
+
+class RuleMatchesNothing(Fp4CompileError, ValueError):
+    template = (
+        "{where}: {keys} matches none of the {count} matmuls of this graph. {nearest} Correct or delete the rule. Where the graph is only "
+        'part of the model, or the policy serves several models, give the rule optional = true, or set unmatched = "warn" in the file.'
+    )
+
+
+class RuleHidden(Fp4CompileError, ValueError):
+    template = (
+        "{where}: later rules decide every matmul that {keys} matches ({count}): {hiding}. "
+        "The last match wins: move the rule behind them, narrow them, or delete it."
+    )
+
+
+class RuleWarning(UserWarning):
+    """A rule matches nothing or is hidden, under `unmatched = "warn"`."""
+
+
+def check_coverage(policy: Policy, sites: Sequence[Site], matching: Sequence[Sequence[int]], *, training: bool) -> None:
+    """`matching[s]` holds the indices of the rules that match site `s`. Raises, or warns where the policy says so."""
+    if not sites:
+        return
+    for index, rule in enumerate(policy.rules):
+        if rule.optional or not _could_match(rule, training):
+            continue
+        problem = _problem(policy, index, sites, matching, training)
+        if problem is not None and policy.unmatched == "error":
+            raise problem
+        if problem is not None:
+            warnings.warn(str(problem), RuleWarning, stacklevel=3)
+
+
+def _could_match(rule: Rule, training: bool) -> bool:
+    backward_only = all(role in BACKWARD for role in rule.roles)
+    return rule.match.covers_graph(training=training) and (training or not backward_only)
+
+
+def _problem(
+    policy: Policy, index: int, sites: Sequence[Site], matching: Sequence[Sequence[int]], training: bool
+) -> RuleMatchesNothing | RuleHidden | None:
+    rule = policy.rules[index]
+    winners = Counter(found[-1] for found in matching if index in found)
+    if not winners:
+        nearest = _nearest(rule, sites, training)
+        return RuleMatchesNothing(where=rule.label, keys=match_text(rule.match), count=len(sites), nearest=nearest)
+    # A rule of another file is an exception that extends this one, which is what `extends` is for.
+    if any(winner == index or policy.rules[winner].setting.origin != rule.setting.origin for winner in winners):
+        return None
+    hiding = ", ".join(f"{policy.rules[winner].label} ({match_text(policy.rules[winner].match)})" for winner in sorted(winners))
+    return RuleHidden(where=rule.label, keys=match_text(rule.match), count=winners.total(), hiding=hiding)
+
+
+def _nearest(rule: Rule, sites: Sequence[Site], training: bool) -> str:
+    in_module = [site for site in sites if rule.match.covers_module(site.module)]
+    if rule.match.match and in_module:
+        fits = [site for site in in_module if site.role in rule.roles]
+        if not fits:
+            found = ", ".join(sorted({site.role for site in in_module}))
+            return f"Its modules have matmuls, but in no role that it covers (found: {found}; covered: {', '.join(rule.roles)})."
+        return f"{len(fits)} match the module pattern, as {fits[0].module or 'the root module'!r} does, but none all the other keys."
+    paths = sorted({site.module for site in sites})
+    for pattern in rule.match.match:
+        inside = [] if pattern.startswith("re:") else [p for p in paths if compile_pattern(f"{pattern}.**").fullmatch(p)]
+        if inside:
+            return f'{pattern!r} is a module that holds some, as {inside[0]!r}: write "{pattern}.**".'
+    near = [path for pattern in rule.match.match for path in _similar(pattern, paths)]
+    return f"Nearest modules: {', '.join(dict.fromkeys(near))}." if near else ""
+
+
+def _similar(pattern: str, paths: Sequence[str], count: int = 3) -> list[str]:
+    """Paths whose last segments read most like `pattern`, which is compared with `*` for every layer number if it has one."""
+    plain = re.sub(r"\\(.)|\.\*", r"\1", pattern.removeprefix("re:")) if pattern.startswith("re:") else pattern.replace("**.", "")
+    length = plain.count(".") + 1
+    spelled: dict[str, str] = {}
+    for path in paths:
+        tail = ".".join(path.split(".")[-length:])
+        spelled.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", tail) if "*" in plain else tail, path)
+    return [spelled[key] for key in difflib.get_close_matches(plain, list(spelled), n=count, cutoff=0.5)]

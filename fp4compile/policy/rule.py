@@ -1,0 +1,217 @@
+"""A policy as values: rules, what they match, and the decision for each matmul. The last rule that matches decides alone."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from fp4compile.codegen.errors import Fp4CompileError
+from fp4compile.codegen.formats import QuantConfig
+from fp4compile.codegen.target import Target
+from fp4compile.passes.site import Decision, OperandKind, Role, Site, Size
+from fp4compile.policy.coverage import check_coverage
+from fp4compile.policy.pattern import compile_pattern, depth_range
+from fp4compile.policy.render import match_text, policy_text
+from fp4compile.policy.setting import BACKWARD, OPERANDS, Precision, Setting, configs_of
+
+TRAITS: Final = ("attention", "router", "tied")
+OPS: Final = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "convolution")
+
+
+class PolicyNeedsTarget(Fp4CompileError, RuntimeError):
+    template = "policy {name!r} depends on the device and decides nothing by itself. Call policy.resolve_for(target) first."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Match:
+    """Which matmuls a rule is about: all keys must hold, and of the values of one key any. Empty and None: not asked."""
+
+    match: tuple[str, ...] = ()  # patterns on the module path
+    role: tuple[Role, ...] = ()
+    op: tuple[str, ...] = ()
+    class_name: tuple[str, ...] = ()  # patterns, as `*Linear`
+    trait: tuple[str, ...] = ()
+    graph: str = ""  # "training" or "inference"
+    depth: str = ""
+    min_m: int | None = None
+    max_m: int | None = None
+    min_n: int | None = None
+    max_n: int | None = None
+    min_k: int | None = None
+    max_k: int | None = None
+
+    def covers_module(self, path: str) -> bool:
+        return not self.match or any(compile_pattern(p).fullmatch(path) for p in self.match)
+
+    def covers_graph(self, *, training: bool) -> bool:
+        return not self.graph or (self.graph == "training") is training
+
+    def covers(self, site: Site) -> bool:
+        """Whether the keys other than `role` and `graph` hold for `site`."""
+        return (
+            self.covers_module(site.module)
+            and (not self.op or site.op in self.op)
+            and (not self.class_name or any(compile_pattern(c).fullmatch(site.class_name) for c in self.class_name))
+            and (not self.trait or not site.traits.isdisjoint(self.trait))
+            and (not self.depth or (site.layers > 0 and site.depth in depth_range(self.depth, site.layers)))
+            and _within(site.m, self.min_m, self.max_m)
+            and _within(site.n, self.min_n, self.max_n)
+            and _within(site.k, self.min_k, self.max_k)
+        )
+
+
+def _within(size: Size, least: int | None, most: int | None) -> bool:
+    """A bound on a dynamic dimension holds only where it holds for every value: the graph serves them all, and asking adds no guard."""
+    return (least is None or statically_known_true(size >= least)) and (most is None or statically_known_true(size <= most))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """One [[rule]]. `setting.origin` is its file or preset, `number` its place there, from 1."""
+
+    match: Match
+    setting: Setting
+    number: int
+    reason: str = ""
+    optional: bool = False  # may match nothing: rules of presets, and those of policies meant for several models
+
+    @property
+    def label(self) -> str:
+        return f"{self.setting.origin}, rule {self.number}"
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """Without `role`, a rule that quantizes is about layers with a weight; one that protects is about every matmul."""
+        if self.match.role:
+            return self.match.role
+        return tuple(Role) if self.setting.precision is Precision.HIGH else (Role.FPROP, *BACKWARD)
+
+    def covers(self, site: Site, *, training: bool) -> bool:
+        return site.role in self.roles and self.match.covers_graph(training=training) and self.match.covers(site)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """[training]: what the matmuls of a training graph get, by role. None: not named."""
+
+    fprop: Setting | None = None
+    dgrad: Setting | None = None
+    wgrad: Setting | None = None
+
+    def of(self, role: Role) -> Setting | None:
+        return None if role is Role.MATMUL else getattr(self, role.value)
+
+    def over(self, base: Training) -> Training:
+        merged: dict[str, Setting | None] = {}
+        for role in (Role.FPROP, *BACKWARD):
+            own, below = self.of(role), base.of(role)
+            merged[role.value] = own.over(below).spelled_out(OPERANDS[role]) if own and below else own or below
+        return Training(**merged)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """What every matmul gets. Made by `load_policy`, which refuses illegal ones; equal policies decide equally."""
+
+    name: str
+    description: str
+    default: Setting
+    training: Training
+    rules: tuple[Rule, ...]
+    unmatched: str = "error"
+    choices: Choices | None = None  # set where the device decides; then the other fields hold only what is laid over the choice
+
+    @property
+    def base(self) -> dict[OperandKind, QuantConfig]:
+        """What a forward matmul gets where no rule matches."""
+        return configs_of(self.setting_for(None, Role.FPROP, training=False), Role.FPROP, f"{self.default.origin}, [default]")
+
+    def resolve_for(self, target: Target, *, training: bool = False) -> Policy:
+        """This policy on `target`. Only `auto`, and what extends it, depends on it; `training` chooses the name that reports show."""
+        if self.choices is None:
+            return self
+        if training:
+            return self.choices.training
+        return self.choices.native if target.has_fp4_mma else self.choices.other
+
+    def decide(self, sites: Sequence[Site], *, training: bool) -> list[Decision]:
+        """One decision a site. `training` says that the graph has a backward.
+
+        Raises `RuleMatchesNothing` and `RuleHidden` for rules that cannot mean what they say, or warns where `unmatched = "warn"`.
+        """
+        if self.choices is not None:
+            raise PolicyNeedsTarget(name=self.name)
+        matching = [[i for i, rule in enumerate(self.rules) if rule.covers(site, training=training)] for site in sites]
+        check_coverage(self, sites, matching, training=training)
+        last = [self.rules[found[-1]] if found else None for found in matching]
+        return [self._decision(site, rule, training) for site, rule in zip(sites, last, strict=True)]
+
+    def setting_for(self, rule: Rule | None, role: Role, *, training: bool) -> Setting:
+        """The whole setting of a matmul in `role` whose last matching rule is `rule`: rule over [training] over [default]."""
+        base = self._base_for(role, training)
+        if rule is None or self._stays_high(rule, role, base):
+            return base
+        return rule.setting.over(base)
+
+    def _base_for(self, role: Role, training: bool) -> Setting:
+        own = self.training.of(role) if training else None
+        base = own.over(self.default) if own else self.default
+        if role is Role.FPROP:
+            precision = base.precision
+        elif own:
+            precision = own.precision or Precision.W4A4
+        else:
+            precision = Precision.HIGH
+        return Setting(precision=precision).over(base)
+
+    def _stays_high(self, rule: Rule, role: Role, base: Setting) -> bool:
+        """[training] turns the backward on, or a rule that names the role; a rule about a layer as a whole does not."""
+        return role in BACKWARD and base.precision is Precision.HIGH and role not in rule.match.role
+
+    def _decision(self, site: Site, rule: Rule | None, training: bool) -> Decision:
+        setting = self.setting_for(rule, site.role, training=training)
+        source = rule.label if rule else self.source_of(site.role, training=training)
+        return Decision(configs=configs_of(setting, site.role, source), rule=source, reason=self._reason(site, rule, setting, training))
+
+    def source_of(self, role: Role, *, training: bool) -> str:
+        """Where the setting of a matmul comes from that no rule matches."""
+        own = self.training.of(role) if training else None
+        return f"{own.origin}, [training] {role}" if own else f"{self.default.origin}, [default]"
+
+    def _reason(self, site: Site, rule: Rule | None, setting: Setting, training: bool) -> str:
+        protects = rule is not None and rule.setting.precision is Precision.HIGH
+        if site.role in BACKWARD and setting.precision is Precision.HIGH and not protects:
+            how = "leaves out" if self.training.of(site.role) is None else "keeps"
+            return f"backward in high precision (straight-through): [training] {how} {site.role}"
+        if rule is not None:
+            return rule.reason or f"rule on {match_text(rule.match)}"
+        if site.role is Role.MATMUL:
+            return 'multiplies two activations; only a rule with role = "matmul" quantizes those'
+        own = self.training.of(site.role) if training else None
+        return f"default of {(own or self.default).origin}"
+
+    def to_toml(self) -> str:
+        """The resolved policy, all files in one; loading it gives an equal policy."""
+        return policy_text(self)
+
+    def fingerprint(self) -> str:
+        """Hash of the resolved text: it changes whenever a decision could."""
+        texts = [self.to_toml(), *((p.to_toml() for p in self.choices.all) if self.choices else ())]
+        return hashlib.sha256("\n".join(texts).encode(errors="surrogatepass")).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """What `auto` may become: by the device in inference, and one recipe in training. Each also decides the other kind of graph."""
+
+    native: Policy
+    other: Policy
+    training: Policy
+
+    @property
+    def all(self) -> tuple[Policy, ...]:
+        return self.native, self.other, self.training

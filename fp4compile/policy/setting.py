@@ -1,0 +1,137 @@
+"""What may be done with a matmul: a precision, and one table of quantization fields for each kind of operand."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, fields, replace
+from enum import StrEnum
+from typing import Any, Final
+
+from fp4compile.codegen.errors import IllegalCombination
+from fp4compile.codegen.formats import NVFP4, GlobalScale, QuantConfig, Rounding
+from fp4compile.passes.site import OperandKind, Role
+
+KINDS: Final = (OperandKind.ACTIVATION, OperandKind.WEIGHT, OperandKind.GRADIENT)
+BACKWARD: Final = (Role.DGRAD, Role.WGRAD)
+OPERANDS: Final = {
+    Role.FPROP: (OperandKind.ACTIVATION, OperandKind.WEIGHT),
+    Role.DGRAD: (OperandKind.GRADIENT, OperandKind.WEIGHT),
+    Role.WGRAD: (OperandKind.GRADIENT, OperandKind.ACTIVATION),
+    Role.MATMUL: (OperandKind.ACTIVATION,),  # both factors
+}
+# These describe the scales of one format and mean nothing in another.
+_OF_FORMAT: Final = ("block", "scale_rule", "global_scale", "static_amax")
+
+
+class Precision(StrEnum):
+    HIGH = "high"  # the model's own dtype
+    W4A4 = "w4a4"
+    W4A16 = "w4a16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperandTable:
+    """The fields of a `QuantConfig` that a policy gives. None: inherited, and in the end `QuantConfig`'s own default."""
+
+    format: str | None = None
+    block: str | None = None
+    scale_rule: str | None = None
+    global_scale: str | None = None
+    rounding: str | None = None
+    hadamard: int | None = None
+    static_amax: float | None = None
+
+    def given(self) -> dict[str, Any]:
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+
+    def over(self, base: OperandTable) -> OperandTable:
+        """This table's fields, and `base`'s where it gives none; scale settings are inherited within one format only."""
+        inherited = base.given()
+        if self.format is not None and self.format != (base.format or NVFP4.name):
+            inherited = {name: value for name, value in inherited.items() if name not in _OF_FORMAT}
+        if self.global_scale is not None and self.global_scale != GlobalScale.STATIC:
+            inherited.pop("static_amax", None)
+        return OperandTable(**{**inherited, **self.given()})
+
+    def config(self, where: str) -> QuantConfig:
+        """Raises `IllegalCombination`, which names `where`."""
+        try:
+            return QuantConfig(**self.given())
+        except IllegalCombination as error:
+            raise IllegalCombination(**{**error.fields, "where": where}) from None
+
+    @classmethod
+    def of(cls, config: QuantConfig) -> OperandTable:
+        """Every field spelled out, so that nothing below this table shows through."""
+        values: dict[str, Any] = {f.name: getattr(config, f.name) for f in fields(cls)}
+        plain: dict[str, Any] = {name: str(value) if isinstance(value, StrEnum) else value for name, value in values.items()}
+        return cls(**plain)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """The setting keys of [default], of a role in [training], and of a rule. None and empty tables: not given."""
+
+    precision: Precision | None = None
+    format: str | None = None  # of every operand
+    hadamard: int | None = None  # of every operand
+    activation: OperandTable = OperandTable()
+    weight: OperandTable = OperandTable()
+    gradient: OperandTable = OperandTable()
+    origin: str = ""  # file or preset that gave it
+
+    def table(self, kind: OperandKind) -> OperandTable:
+        own: OperandTable = getattr(self, kind.value)
+        return own.over(OperandTable(format=self.format, hadamard=self.hadamard))
+
+    def over(self, base: Setting) -> Setting:
+        """What this setting gives, and `base`'s where it gives nothing, field by field."""
+        tables: dict[str, Any] = {kind.value: self.table(kind).over(base.table(kind)) for kind in KINDS}
+        return Setting(precision=self.precision or base.precision, origin=self.origin or base.origin, **tables)
+
+    def spelled_out(self, kinds: Collection[OperandKind]) -> Setting:
+        """The same with `format` and `hadamard` written into the tables of `kinds`, and no other tables."""
+        tables: dict[str, Any] = {kind.value: self.table(kind) for kind in kinds}
+        return Setting(precision=self.precision, origin=self.origin, **tables)
+
+    @property
+    def is_empty(self) -> bool:
+        return replace(self, origin="") == Setting()
+
+
+def configs_of(setting: Setting, role: Role, where: str) -> dict[OperandKind, QuantConfig]:
+    """The config of each quantized operand of a matmul in `role`. Raises `IllegalCombination` for pairs that make no sense."""
+    kinds = {Precision.HIGH: (), Precision.W4A16: (OperandKind.WEIGHT,)}.get(setting.precision or Precision.W4A4, OPERANDS[role])
+    configs = {kind: setting.table(kind).config(f"{where} ({role} {kind})") for kind in kinds if kind in OPERANDS[role]}
+    here = f"{where} ({role})"
+    for kind, config in configs.items():
+        if role in (Role.FPROP, Role.MATMUL) and config.rounding is Rounding.STOCHASTIC:
+            raise IllegalCombination(
+                where=here,
+                found=f"rounding = stochastic on the {kind} of the forward",
+                needed="Training diverges with it (arXiv 2509.25149); only the backward may round stochastically.",
+                advice='Use rounding = "nearest" here, and "stochastic" on the gradient of dgrad and wgrad.',
+            )
+    _refuse_unequal_rotation(configs, role, here)
+    formats = sorted({config.format for config in configs.values()})
+    if len(formats) > 1:
+        raise IllegalCombination(
+            where=here,
+            found=f"the operands of one matmul have the formats {' and '.join(formats)}",
+            needed="Both must have one format: their blocks are contracted with each other.",
+            advice="Give both operands the same format, or name the role that the rule is for.",
+        )
+    return configs
+
+
+def _refuse_unequal_rotation(configs: dict[OperandKind, QuantConfig], role: Role, where: str) -> None:
+    sizes = {kind: configs[kind].hadamard if kind in configs else 0 for kind in OPERANDS[role]}
+    if len(set(sizes.values())) > 1:
+        raise IllegalCombination(
+            where=where,
+            found=" and ".join(
+                f"hadamard = {size} on the {kind}{'' if kind in configs else ' in high precision'}" for kind, size in sizes.items()
+            ),
+            needed="A rotation cancels only if both operands of the matmul have the same one.",
+            advice="Set hadamard beside precision, for both operands, or leave it out.",
+        )
