@@ -44,3 +44,11 @@ def size_node(graph: fx.Graph, source: fx.Node, axis: int, *, like: fx.Node) -> 
     if isinstance(length, torch.SymInt):
         return call(graph, torch.ops.aten.sym_size.int, (source, axis % fake_of(source).ndim), like=like, tag=source.meta.get("partitioner_tag"))
     return length
+
+
+def place_after(source: fx.Node) -> fx.Node:
+    """Where a reader of `source` may go at the earliest: placeholders stand together at the front of a graph."""
+    place = source
+    while place.op == "placeholder" and place.next.op == "placeholder":
+        place = place.next
+    return place

@@ -15,7 +15,7 @@ from torch import fx
 from fp4compile.codegen import ops
 from fp4compile.codegen.formats import QuantConfig
 from fp4compile.passes.base import Pass, PassContext, PassResult
-from fp4compile.passes.insert import call
+from fp4compile.passes.insert import call, place_after
 from fp4compile.passes.site import Operand, plan_of, set_plan, set_site, site_of
 
 
@@ -43,7 +43,7 @@ def _rotate(node: fx.Node) -> int:
 def _rotated(operand: Operand, config: QuantConfig | None, node: fx.Node) -> tuple[Operand, QuantConfig | None]:
     if config is None or not config.hadamard:
         return operand, config
-    with node.graph.inserting_after(operand.source):
+    with node.graph.inserting_after(place_after(operand.source)):
         value = call(node.graph, ops.HADAMARD, (operand.source, operand.axis, config.hadamard), like=node, tag=_side(operand.source))
     return replace(operand, source=value), replace(config, hadamard=0)
 

@@ -34,9 +34,9 @@ def sample(dtype, shape, stride, device):
 
 
 def print_graph(gm: fx.GraphModule, *, title: str = "", names: ValueNames | None = None, runs_alone: bool = False) -> str:
-    """Text of a module with a function `graph`, whose parameters are the flat inputs of the aten graph `gm`, then its constants (`constants_of`).
+    """Text of a module with a function `graph`, whose parameters are the flat inputs of the aten graph `gm`, then its constants.
 
-    `title` becomes the first line. `names` keeps names steady over several prints of one graph. With `runs_alone` the text also makes
+    `title` becomes the first lines, `constants_of` gives the values of the constants. `names` keeps names steady over several prints of one graph. With `runs_alone` the text also makes
     inputs of the recorded shapes and runs itself as a script.
     """
     return _Printer(gm, names or ValueNames()).text(title, runs_alone)
@@ -60,7 +60,7 @@ class _Printer:
         parameters = [f"    {self.names.of(n)},{self._comment(n)}" for n in inputs]
         parameters += [f"    {self.names.of_constant(k)},  # {short_type(v)}, constant" for k, v in self.constants.items()]
         body = self._body(self.gm, "    ")
-        lines = [f"# {title}"] if title else []
+        lines = [f"# {line}" for line in title.splitlines()]
         lines += [f"# {_census(self.gm.graph)}", *sorted(self.imports, key=lambda i: (i.startswith("#"), i)), "", ""]
         lines += ["def graph(", *parameters, "):"] if parameters else ["def graph():"]
         text = "\n".join(lines + body) + "\n"

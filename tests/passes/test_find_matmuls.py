@@ -1,0 +1,186 @@
+"""Coverage is by graph, not by class: whoever writes a matmul, it becomes a site with the right role, sizes and weight."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tests.passes.harness import SharedInput, TwoLayers, apply
+from torch import nn
+
+from fp4compile.passes.find_matmuls import FindMatmuls
+from fp4compile.passes.normalize import Normalize
+
+FIND = [FindMatmuls()]
+
+
+def sites(model, *args, **kwargs):
+    return apply(model, *args, setup=[Normalize()], passes=FIND, **kwargs)
+
+
+class Weight(nn.Module):
+    """A raw parameter, used as `how` says."""
+
+    def __init__(self, *shape: int, how, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(*shape, dtype=dtype))
+        self.how = how
+
+    def forward(self, x):
+        return self.how(x, self.w)
+
+
+class Conv1D(nn.Module):
+    """GPT-2's linear: the weight is (K, N)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(32, 48)), nn.Parameter(torch.randn(48))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x.view(-1, 32), self.weight)
+
+
+def test_linear_with_and_without_bias() -> None:
+    got = sites(TwoLayers(), torch.randn(2, 5, 32, dtype=torch.bfloat16))
+    up, down = got.site("up"), got.site("down")
+    assert (up.m, up.n, up.k, up.op, up.class_name) == (10, 40, 32, "addmm", "Linear")
+    assert (down.m, down.n, down.k, down.op, down.depth, down.layers) == (10, 32, 40, "mm", 1, 2)
+    assert up.rhs.parameter == "up.weight" and up.rhs.axis == -1 and up.lhs.kind == "activation"
+    assert got.changed == [2] == got.changed_again
+
+
+def test_conv1d_weight_is_quantized_along_its_first_dimension() -> None:
+    site = sites(nn.Sequential(Conv1D()), torch.randn(5, 32)).site("0")
+    assert (site.n, site.k, site.rhs.axis, site.rhs.kind) == (48, 32, -2, "weight")
+
+
+@pytest.mark.parametrize(
+    ("shape", "how", "n", "op"),
+    [
+        ((48, 32), F.linear, 48, "mm"),
+        ((32, 48), lambda x, w: x @ w, 48, "mm"),
+        ((32, 48), lambda x, w: torch.einsum("bsk,kn->bsn", x, w), 48, None),
+        ((48, 32), lambda x, w: torch.einsum("bsk,nk->bsn", x, w), 48, None),
+        ((32, 48), lambda x, w: torch.tensordot(x, w, dims=([2], [0])), 48, "mm"),
+        ((2, 32, 48), lambda x, w: torch.bmm(x, w), 48, "bmm"),
+        ((2, 48, 32), lambda x, w: torch.bmm(x, w.transpose(1, 2)), 48, "bmm"),
+        ((96, 32), lambda x, w: F.linear(x, w[48:]), 48, "mm"),
+        ((48, 32), lambda x, w: F.linear(x, w * 2.0), 48, "mm"),
+    ],
+    ids=["linear", "matmul", "einsum", "einsum-t", "tensordot", "bmm", "bmm-t", "slice", "scaled-weight"],
+)
+def test_functional_matmuls_of_a_parameter_are_fprop_sites(shape, how, n, op) -> None:
+    got = sites(Weight(*shape, how=how), torch.randn(2, 5, 32))
+    site = next(s for s in got.sites if s.role == "fprop")
+    assert (site.n, site.k) == (n, 32) and not site.refusal
+    assert op is None or site.op == op
+    assert [o.kind for o in (site.lhs, site.rhs)].count("weight") == 1
+
+
+def test_grouped_experts_are_one_site() -> None:
+    def experts(x, w):
+        return torch._grouped_mm(x, w, offs=torch.tensor([4, 10], dtype=torch.int32))
+
+    got = sites(Weight(2, 32, 48, how=experts, dtype=torch.bfloat16), torch.randn(10, 32, dtype=torch.bfloat16))
+    site = got.site("w")
+    assert (site.op, site.m, site.n, site.k, site.role, site.refusal) == ("_grouped_mm", 10, 48, 32, "fprop", "")
+
+
+def test_product_of_activations_is_no_layer() -> None:
+    site = sites(lambda x: x @ x.mT, torch.randn(2, 5, 32)).sites[0]
+    assert (site.role, site.batch, site.m, site.n, site.k) == ("matmul", 2, 5, 5, 32)
+
+
+def test_training_roles_share_the_layer_of_their_forward() -> None:
+    got = sites(TwoLayers(), torch.randn(6, 32, dtype=torch.bfloat16, requires_grad=True), training=True)
+    roles = {(s.name, str(s.role)) for s in got.sites}
+    assert roles == {(name, role) for name in ("up", "down") for role in ("fprop", "dgrad", "wgrad")}
+    wgrad, dgrad = got.site("down", "wgrad"), got.site("down", "dgrad")
+    assert {o.kind for o in (wgrad.lhs, wgrad.rhs)} == {"activation", "gradient"} and wgrad.k == 6
+    assert {o.kind for o in (dgrad.lhs, dgrad.rhs)} == {"weight", "gradient"} and dgrad.k == 32
+    assert wgrad.depth == dgrad.depth == 1
+
+
+def test_dynamic_sizes_stay_symbols() -> None:
+    site = sites(TwoLayers(), torch.randn(6, 32, dtype=torch.bfloat16), dynamic=True).site("up")
+    assert isinstance(site.m, torch.SymInt) and site.k == 32
+
+
+@pytest.mark.parametrize(
+    ("model", "args", "reason"),
+    [
+        (nn.Linear(8, 8, dtype=torch.float64), (torch.randn(2, 8, dtype=torch.float64),), "dtype float64 is not float32"),
+        (lambda a, b: a @ b, (torch.randn(2, 8, dtype=torch.complex64), torch.randn(8, 2, dtype=torch.complex64)), "dtype complex64"),
+        (nn.Linear(8, 4), (torch.randn(0, 8),), "a dimension is zero"),
+        (nn.Conv2d(3, 4, 3), (torch.randn(1, 3, 8, 8),), "a convolution is not a matmul"),
+        (lambda q: F.scaled_dot_product_attention(q, q, q), (torch.randn(1, 2, 8, 16),), "attention is computed by one fused operator"),
+    ],
+    ids=["float64", "complex", "empty", "convolution", "attention"],
+)
+def test_refusals_say_why(model, args, reason) -> None:
+    assert reason in sites(model, *args).sites[0].refusal
+
+
+def test_wgrad_of_experts_is_refused_because_groups_cut_its_contraction() -> None:
+    def experts(x, w):
+        return torch._grouped_mm(x, w, offs=torch.tensor([16, 32], dtype=torch.int32))
+
+    model = Weight(2, 32, 48, how=experts, dtype=torch.bfloat16)
+    got = sites(model, torch.randn(32, 32, dtype=torch.bfloat16), training=True)
+    assert "blocks must not cross groups" in got.site("w", "wgrad").refusal
+
+
+class TiedHead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(64, 32)
+        self.up = nn.Linear(32, 32)
+        self.head = nn.Linear(32, 64, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        return self.head(self.up(self.embed(ids)))
+
+
+class Router(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.choose, self.up = nn.Linear(32, 8), nn.Linear(32, 32)
+
+    def forward(self, x):
+        weights, experts = torch.topk(torch.softmax(self.choose(x).float(), dim=-1), 2)
+        return self.up(x) * weights.sum(-1, keepdim=True), experts
+
+
+def test_tied_head_is_known_from_the_graph() -> None:
+    got = sites(TiedHead(), torch.randint(0, 64, (2, 5)))
+    head = next(s for s in got.sites if s.n == 64)
+    assert head.traits == {"tied"} and got.site("up").traits == frozenset()
+
+
+def test_router_is_known_by_what_it_feeds() -> None:
+    got = sites(Router(), torch.randn(5, 32))
+    assert got.site("choose").traits == {"router"} and got.site("up").traits == frozenset()
+
+
+def test_attention_products_are_known_by_their_softmax() -> None:
+    got = sites(lambda x: (x @ x.mT).softmax(-1) @ x, torch.randn(2, 5, 32))
+    assert [s.traits for s in got.sites] == [{"attention"}, {"attention"}]
+
+
+def test_names_tell_matmuls_of_one_module_apart() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(32, 32)
+
+        def forward(self, x):
+            return self.up(self.up(x))
+
+    assert [s.name for s in sites(Twice(), torch.randn(5, 32)).sites] == ["up", "up#2"]
+
+
+def test_golden_sites_do_not_change_the_graph() -> None:
+    got = sites(SharedInput(), torch.randn(2, 3, 32, dtype=torch.bfloat16))
+    assert got.same_code
