@@ -18,7 +18,6 @@ from fp4compile.passes.record import GraphRecord
 from fp4compile.passes.site import Decision, Site, is_backward
 from fp4compile.policy.load import load_policy
 from fp4compile.policy.rule import Policy
-from fp4compile.report.dump import Dump
 from fp4compile.report.report import Report
 from fp4compile.weights import STORE
 
@@ -35,7 +34,7 @@ def fp4(gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None =
     record = GraphRecord(id=capture.compile_id(), training=False, target=target.name, policy=policy.name)
     transform = _Transform(policy, chosen, capture.parameter_names(gm, example_inputs), record, PIPELINE)
 
-    def after_fold(cut: fx.GraphModule, only_folded: Sequence[Any]) -> None:
+    def after_fold(only_folded: Sequence[Any]) -> None:
         if chosen.free_weights and not record.training:
             record.freed_bytes += sum(STORE.free(p) for p in only_folded if isinstance(p, torch.nn.Parameter))
 
@@ -106,10 +105,16 @@ class _Transform:
 
         device = capture.device_of([n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"])
         ctx = PassContext(decide=decide, target=target_of(device), record=self.record, parameters=self.parameters, strict=self.options.strict)
-        dump = Dump(self.options.dump) if self.options.dump else None
+        dump = _dump_into(self.options.dump) if self.options.dump else None
         if dump:
             dump.start(self.record.id, gm)
         run(gm, ctx, self.passes, instruments=[dump] if dump else [], check=self.options.verify)
         if dump:
             dump.finish(self.record, self.policy.to_toml())
         log.debug("graph %s: %d sites, policy %s", self.record.id, len(self.record.sites), self.record.policy)
+
+
+def _dump_into(folder: str) -> Any:
+    from fp4compile.report.dump import Dump  # draws pictures: loaded only for those who ask
+
+    return Dump(folder)

@@ -17,6 +17,7 @@ from fp4compile.passes.site import fake_of, input_of
 from fp4compile.weights import WeightFreed, WeightStore
 
 Transform = Callable[[fx.GraphModule], None]
+AfterFold = Callable[[Sequence[Any]], None]
 
 
 class JointPass(CustomGraphPass):
@@ -42,14 +43,25 @@ def compile_with_inductor(
     mode: str,
     inductor: dict[str, Any],
     store: WeightStore,
-    after_fold: Callable[[fx.GraphModule, Sequence[Any]], None],
+    after_fold: AfterFold,
 ) -> Callable[..., Any]:
-    """Compile a Dynamo graph: `transform` on the joint graph, folded weights out of it, Inductor for the rest."""
+    """Compile a Dynamo graph: `transform` on the joint graph, folded weights out of it, Inductor for the rest.
+
+    `after_fold` gets, once, the parameters of a compiled graph that only its folded weights came from. Raises `WeightFreed` when the
+    graph needs a weight in high precision that `free_weights` released.
+    """
+    freed = {i: x for i, x in enumerate(example_inputs) if isinstance(x, torch.nn.Parameter) and store.is_freed(x)}
     patches = {**list_mode_options(mode), **inductor}
     patches["joint_custom_pre_pass"] = JointPass(transform, fingerprint)
 
     def inner(inner_gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[[list[Any]], Any]:
-        return _compile_around_constants(inner_gm, inputs, store, after_fold, **kwargs)
+        cuts = cut_constants(inner_gm)
+        for node in inner_gm.graph.nodes:
+            if node.op == "placeholder" and node.users and input_of(node) in freed:
+                raise WeightFreed(shape=tuple(fake_of(node).shape))
+        if not cuts:
+            return compile_fx_inner(inner_gm, inputs, **kwargs)
+        return _compile_around_constants(inner_gm, inputs, cuts, store, after_fold, **kwargs)
 
     # AOTAutograd's own cache would hand back a graph compiled around constants without the callable that supplies them. Inductor's
     # FX graph cache, where the compile time is, stays on.
@@ -69,54 +81,30 @@ def trace_only(gm: fx.GraphModule, example_inputs: Sequence[Any], *, transform: 
 
 
 def _compile_around_constants(
-    gm: fx.GraphModule,
-    inputs: Sequence[Any],
-    store: WeightStore,
-    after_fold: Callable[[fx.GraphModule, Sequence[Any]], None],
-    **kwargs: Any,
+    gm: fx.GraphModule, inputs: Sequence[Any], cuts: list[CutConstant], store: WeightStore, after_fold: AfterFold, **kwargs: Any
 ) -> Callable[[list[Any]], Any]:
-    before = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    cuts = cut_constants(gm)
-    if not cuts:
-        return compile_fx_inner(gm, inputs, **kwargs)
-    kept = [i for i, node in enumerate(before) if node.users or input_of(node) is None]
-    for i, node in enumerate(before):
-        if i not in set(kept):
-            gm.graph.erase_node(node)
+    """Compile the graph that is left, and feed it: its own inputs that are still read, then what the store holds for each cut."""
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    own, stored = placeholders[: len(inputs)], placeholders[len(inputs) :]
+    kept = [i for i, node in enumerate(own) if node.users or input_of(node) is None]
+    folded = sorted(set(range(len(own))) - set(kept))
+    for i in folded:
+        gm.graph.erase_node(own[i])
     gm.recompile()
-    stored = [n for n in gm.graph.nodes if n.op == "placeholder"][len(kept) :]
     static = set(kwargs.get("static_input_idxs", ()))
-    kwargs["static_input_idxs"] = [new for new, old in enumerate(kept) if old in static] + list(range(len(kept), len(kept) + len(stored)))
-    new_inputs = [inputs[i] for i in kept] + [fake_of(n) for n in stored]
-    compiled = compile_fx_inner(gm, new_inputs, **kwargs)
-    only_folded = [i for i in range(len(before)) if i not in set(kept)]
-    return _supplied(compiled, cuts, kept, only_folded, store, after_fold, gm)
-
-
-def _supplied(
-    compiled: Callable[[list[Any]], Any],
-    cuts: list[CutConstant],
-    kept: list[int],
-    only_folded: list[int],
-    store: WeightStore,
-    after_fold: Callable[[fx.GraphModule, Sequence[Any]], None],
-    gm: fx.GraphModule,
-) -> Callable[[list[Any]], Any]:
-    """A callable with the original inputs that adds the stored constants to those the graph still reads."""
-    seen = False
+    kwargs["static_input_idxs"] = [new for new, old in enumerate(kept) if old in static] + [len(kept) + i for i in range(len(stored))]
+    compiled = compile_fx_inner(gm, [*(inputs[i] for i in kept), *map(fake_of, stored)], **kwargs)
+    first = True
 
     def run(args: list[Any]) -> Any:
-        nonlocal seen
+        nonlocal first
         call_args = [args[i] for i in kept]
-        for arg in call_args:
-            if store.freed and isinstance(arg, torch.Tensor) and store.is_freed(arg):
-                raise WeightFreed(shape=tuple(arg.shape))
         for cut in cuts:
             values = store.fetch(cut.recipe, [args[i] for i in cut.inputs], cut.compute)
-            call_args.extend(values[i] for i in cut.outputs)
-        if not seen:
-            seen = True
-            after_fold(gm, [args[i] for i in only_folded])
+            call_args.extend([values[i] for i in cut.outputs])
+        if first:
+            first = False
+            after_fold([args[i] for i in folded])
         args.clear()
         return compiled(call_args)
 

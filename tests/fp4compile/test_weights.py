@@ -1,0 +1,165 @@
+"""Each weight is quantized once, again exactly when it changes, and never served stale."""
+
+from __future__ import annotations
+
+import copy
+import gc
+
+import pytest
+import torch
+from torch import nn
+
+import fp4compile
+from fp4compile.codegen.reference.block import dequantize_ref, quantize_ref
+from fp4compile.codegen.formats import QuantConfig
+from fp4compile.weights import STORE
+
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 96, dtype=BF16), nn.Linear(96, 64, dtype=BF16)
+
+    def forward(self, x):
+        return self.down(torch.relu(self.up(x)))
+
+
+def expected(model: Mlp, x: torch.Tensor) -> torch.Tensor:
+    def linear(x, layer):
+        weight = dequantize_ref(*quantize_ref(layer.weight, QuantConfig()))
+        return (x.float() @ weight.T + layer.bias.float()).to(BF16)
+
+    return linear(torch.relu(linear(x, model.up)), model.down)
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=2**-7, atol=2e-3)  # fp32 sums in another order, then one bf16 rounding twice
+
+
+def compiled(model: nn.Module, **options):
+    return torch.compile(model, backend="fp4", options={"policy": "nvfp4_a16", **options})
+
+
+@torch.no_grad()
+def test_quantized_once_and_shared_between_graphs() -> None:
+    model, before = Mlp(), STORE.quantizations
+    run = compiled(model)
+    for rows in (1, 5, 9):  # three shapes, at least two graphs
+        close(run(torch.ones(rows, 64, dtype=BF16)), expected(model, torch.ones(rows, 64, dtype=BF16)))
+    assert STORE.quantizations - before == 2
+    assert len(fp4compile.last_report().graphs) >= 2
+
+
+def in_place(model: Mlp) -> None:
+    model.up.weight.add_(0.5)
+
+
+def load(model: Mlp) -> None:
+    model.load_state_dict({**model.state_dict(), "up.weight": torch.randn(96, 64, dtype=BF16)})
+
+
+def assign(model: Mlp) -> None:
+    model.up.weight.data = torch.randn(96, 64, dtype=BF16)
+
+
+def merge_lora(model: Mlp) -> None:
+    model.up.weight += torch.randn(96, 4, dtype=BF16) @ torch.randn(4, 64, dtype=BF16)
+
+
+def new_parameter(model: Mlp) -> None:
+    model.up.weight = nn.Parameter(torch.randn(96, 64, dtype=BF16))
+
+
+@pytest.mark.parametrize("change", [in_place, load, assign, merge_lora, new_parameter])
+@torch.no_grad()
+def test_a_changed_parameter_is_quantized_again_exactly_once(change) -> None:
+    model, x = Mlp(), torch.randn(4, 64, dtype=BF16)
+    run = compiled(model)
+    run(x)
+    before = STORE.quantizations
+    change(model)
+    for _ in range(3):
+        close(run(x), expected(model, x))
+    assert STORE.quantizations - before == (2 if change is load else 1)  # load_state_dict writes every weight
+
+
+@torch.no_grad()
+def test_a_write_through_data_is_seen_after_refresh() -> None:
+    model, x = Mlp(), torch.randn(4, 64, dtype=BF16)
+    run = compiled(model)
+    run(x)
+    model.up.weight.data.add_(0.5)
+    assert fp4compile.refresh(model) >= 2
+    close(run(x), expected(model, x))
+
+
+@torch.no_grad()
+def test_one_compiled_layer_serves_many_modules() -> None:
+    """Regional compilation: the same code meets the parameters of another module."""
+    layers = nn.ModuleList(Mlp() for _ in range(3))
+    for layer in layers:
+        layer.compile(backend="fp4", options={"policy": "nvfp4_a16"})
+    x = torch.randn(4, 64, dtype=BF16)
+    for _ in range(2):
+        for layer in layers:
+            close(layer(x), expected(layer, x))
+
+
+@torch.no_grad()
+def test_entries_die_with_their_parameters() -> None:
+    gc.collect()
+    model, before = Mlp(), len(STORE.entries)
+    run = compiled(model)
+    run(torch.randn(4, 64, dtype=BF16))
+    assert len(STORE.entries) == before + 2
+    del model, run
+    torch._dynamo.reset()
+    gc.collect()
+    assert len(STORE.entries) == before
+
+
+@torch.no_grad()
+def test_free_weights_releases_reports_and_restores() -> None:
+    model, x = Mlp(), torch.randn(4, 64, dtype=BF16)
+    original = copy.deepcopy(model.state_dict())
+    run = compiled(model, free_weights=True)
+    first = run(x)
+    assert sum(g.freed_bytes for g in fp4compile.last_report().graphs) == 2 * 64 * 96 * 2
+    assert model.up.weight.untyped_storage().nbytes() == 2 and model.up.weight.isnan().all()
+    assert torch.equal(run(x), first) and run(torch.randn(7, 64, dtype=BF16)).isfinite().all()
+
+    assert fp4compile.restore(model) == 2
+    decoded = dequantize_ref(*quantize_ref(original["up.weight"], QuantConfig())).to(BF16)
+    assert torch.equal(model.up.weight, decoded)
+    assert torch.equal(run(x), first)
+
+
+@torch.no_grad()
+def test_restore_from_a_state_dict_is_exact(tmp_path) -> None:
+    model, x = Mlp(), torch.randn(4, 64, dtype=BF16)
+    original = copy.deepcopy(model.state_dict())
+    torch.save(original, tmp_path / "weights.pt")
+    run = compiled(model, free_weights=True)
+    run(x)
+    with pytest.raises(fp4compile.Fp4CompileError, match="up.weight is not in the given state dict"):
+        fp4compile.restore(model, {})
+    assert fp4compile.restore(model, tmp_path / "weights.pt") == 2
+    assert torch.equal(model.up.weight, original["up.weight"])
+    close(run(x), expected(model, x))
+
+
+@torch.no_grad()
+def test_a_freed_weight_needed_in_high_precision_is_an_error_not_a_wrong_result() -> None:
+    model, x = Mlp(), torch.randn(4, 64, dtype=BF16)
+    compiled(model, free_weights=True)(x)
+    with pytest.raises(Exception, match="free_weights released it"):
+        torch.compile(model, backend="fp4", options={"policy": "bf16"})(x)
+    with pytest.raises(Exception, match="free_weights released it"):
+        compiled(model, policy="mxfp4_a16")(x)
