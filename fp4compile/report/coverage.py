@@ -1,0 +1,94 @@
+"""How much of a model got 4 bits: counts, and shares of operations and of weight bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import sympy
+
+from fp4compile.passes.record import GraphRecord, SiteDecision
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coverage:
+    """Matmuls by what became of them. Shares lie in 0..1, and are None where nothing is known to divide by."""
+
+    sites: int
+    quantized: int
+    kept: int  # left alone as the policy says
+    fallen_back: int  # the policy asked for 4 bits and could not have them
+    flops_share: float | None  # of the operations of matmuls with known sizes
+    weight_share: float | None  # of the bytes of matmul weights, before
+    bytes_before: int  # of matmul weights in their own dtype
+    bytes_after: int  # the same weights as compiled code reads them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fallback:
+    """One cause for which matmuls could not follow the policy, and their names."""
+
+    reason: str
+    count: int
+    sites: tuple[str, ...]
+
+
+def is_quantized(row: SiteDecision) -> bool:
+    return "W4" in row.precision
+
+
+def coverage_of(graphs: Iterable[GraphRecord]) -> Coverage:
+    """Coverage over all graphs. Weights that recompilations of one frame share are counted once."""
+    graphs = list(graphs)
+    rows = [row for graph in graphs for row in graph.sites]
+    weights = {(graph.id.split("/")[0], row.name): row for graph in graphs for row in graph.sites if row.bytes_before}
+    before = sum(row.bytes_before for row in weights.values())
+    in_four_bits = sum(row.bytes_before for row in weights.values() if is_quantized(row))
+    quantized, fallen = sum(map(is_quantized, rows)), sum(row.fallback for row in rows)
+    return Coverage(
+        sites=len(rows),
+        quantized=quantized,
+        kept=len(rows) - quantized - fallen,
+        fallen_back=fallen,
+        flops_share=_flops_share(rows),
+        weight_share=in_four_bits / before if before else None,
+        bytes_before=before,
+        bytes_after=sum(row.bytes_after for row in weights.values()),
+    )
+
+
+def fallbacks_of(graphs: Iterable[GraphRecord]) -> tuple[Fallback, ...]:
+    """Fallbacks grouped by reason, the most frequent first."""
+    names: dict[str, list[str]] = {}
+    for graph in graphs:
+        for row in graph.sites:
+            if row.fallback:
+                names.setdefault(row.reason, []).append(row.name)
+    found = [Fallback(reason=reason, count=len(sites), sites=tuple(dict.fromkeys(sites))) for reason, sites in names.items()]
+    return tuple(sorted(found, key=lambda f: -f.count))
+
+
+def _flops_share(rows: list[SiteDecision]) -> float | None:
+    """Symbolic sizes cancel where all matmuls have them in common, as the number of tokens does in a model without attention's own."""
+    flops = [(row, flops_of(row)) for row in rows]
+    known = [(row, count) for row, count in flops if count is not None]
+    total = sum(count for _, count in known)
+    if not total:
+        return None
+    share = sympy.cancel(sum(count for row, count in known if is_quantized(row)) / sympy.sympify(total))
+    return float(share) if share.is_number else None
+
+
+def flops_of(row: SiteDecision) -> sympy.Expr | None:
+    """2 * M * N * K, or None where a size is not known or is no plain product of symbols."""
+    sizes = [_size(text) for text in (row.m, row.n, row.k)]
+    if any(size is None or size == 0 for size in sizes):
+        return None
+    return 2 * sympy.prod(sizes)
+
+
+def _size(text: str) -> sympy.Expr | None:
+    factors = text.split("*")
+    if not all(factor.isidentifier() or factor.isdecimal() for factor in factors):
+        return None
+    return sympy.prod(int(f) if f.isdecimal() else sympy.Symbol(f, positive=True, integer=True) for f in factors)

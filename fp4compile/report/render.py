@@ -1,0 +1,96 @@
+"""Reports as text: a few lines that say it all, then the table that says why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from tabulate import tabulate
+
+from fp4compile.passes.record import GraphRecord, SiteDecision
+from fp4compile.report.coverage import coverage_of, is_quantized
+from fp4compile.report.folding import Folded, fold, unfolded
+
+_COLUMNS = ("matmul", "role", "M", "N", "K", "precision", "kernel", "because")
+_ALIGN = ("left", "left", "right", "right", "right", "left", "left", "left")
+_NOTHING = 'No graph compiled with backend="fp4" yet: call the compiled model once, or use fp4compile.explain(model, *args).'
+
+
+def as_text(graphs: Sequence[GraphRecord], *, folded: bool) -> str:
+    """For a terminal: header lines and a table a graph."""
+    blocks = []
+    for graph in graphs:
+        first, *rest = header_lines(graph)
+        blocks.append("\n".join([first, *(f"  {line}" for line in rest), "", _table(graph.sites, folded, "simple")]).rstrip())
+    return "\n\n".join(blocks) if blocks else _NOTHING
+
+
+def as_markdown(graphs: Sequence[GraphRecord], *, folded: bool, stable: bool) -> str:
+    """The same as sections of a Markdown document. `stable` leaves out what differs between two runs."""
+    blocks = []
+    for graph in graphs:
+        first, *rest = header_lines(graph, stable=stable)
+        blocks.append("\n".join([f"## {first}", "", *(f"- {line}" for line in rest), "", _table(graph.sites, folded, "pipe")]).rstrip())
+    return ("\n\n".join(blocks) if blocks else _NOTHING) + "\n"
+
+
+def header_lines(graph: GraphRecord, *, stable: bool = False) -> list[str]:
+    """What was compiled; how much got 4 bits; what it saved; what did not get 4 bits and why."""
+    lines = [f"graph {graph.id}: {'training' if graph.training else 'inference'} on {graph.target}, policy {graph.policy}"]
+    if not graph.sites:
+        return [*lines, "no matmul in this graph: nothing to do"]
+    cover = coverage_of([graph])
+    counts = f"{cover.sites} matmuls: {cover.quantized} quantized, {cover.kept} kept, {cover.fallen_back} fell back"
+    shares = [f"{share:.1%} of {what}" for share, what in ((cover.flops_share, "operations"), (cover.weight_share, "weight bytes")) if share is not None]
+    lines.append(counts + (f" ({', '.join(shares)})" if shares else ""))
+    lines += [line for line in (_savings(graph), "" if stable else _time(graph)) if line]
+    lines += _causes("kept", (row for row in graph.sites if not is_quantized(row) and not row.fallback))
+    lines += _causes("fell back", (row for row in graph.sites if row.fallback))
+    return [*lines, f"dump in {graph.dump}"] if graph.dump and not stable else lines
+
+
+def _savings(graph: GraphRecord) -> str:
+    cover = coverage_of([graph])
+    parts = []
+    if cover.bytes_before:
+        ratio = cover.bytes_before / max(cover.bytes_after, 1)
+        parts.append(f"matmul weights {byte_text(cover.bytes_before)} -> {byte_text(cover.bytes_after)} ({ratio:.2f}x smaller)")
+    if graph.freed_bytes:
+        parts.append(f"originals of {byte_text(graph.freed_bytes)} freed")
+    if graph.shared:
+        parts.append(f"{graph.shared} quantizations shared")
+    return ", ".join(parts)
+
+
+def _time(graph: GraphRecord) -> str:
+    return f"{len(graph.passes)} passes in {sum(p.milliseconds for p in graph.passes):.0f} ms" if graph.passes else ""
+
+
+def _causes(verdict: str, rows: Iterable[SiteDecision]) -> list[str]:
+    causes = Counter((row.precision, row.reason or "no reason given") for row in rows)
+    return [f"{verdict} in {precision}: {count} x {reason}" for (precision, reason), count in causes.most_common()]
+
+
+def _table(rows: Sequence[SiteDecision], folded: bool, style: str) -> str:
+    if not rows:
+        return ""
+    cells = [_cells(each) for each in (fold(rows) if folded else unfolded(rows))]
+    return tabulate(cells, headers=_COLUMNS, tablefmt=style, disable_numparse=True, colalign=_ALIGN)
+
+
+def _cells(folded: Folded) -> tuple[str, ...]:
+    row = folded.row
+    name = f"{folded.name} x{folded.count}" if folded.count > 1 else folded.name
+    reason = f"FELL BACK: {row.reason}" if row.fallback else row.reason
+    because = f"{reason} ({row.rule})" if row.rule and reason else reason or row.rule
+    return name, " ".join(folded.roles), row.m, row.n, row.k if row.k != "0" else "", row.precision, row.kernel, because
+
+
+def byte_text(count: int) -> str:
+    """`346 MB`: three digits and a decimal unit."""
+    value, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 999.5:
+            break
+        value, unit = value / 1000, larger
+    return f"{count} B" if unit == "B" else f"{value:.3g} {unit}"
