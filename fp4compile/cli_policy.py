@@ -32,7 +32,6 @@ extends = "auto"  # a preset (`fp4compile policy show` lists them) or another fi
 #
 # [[rule]]
 # match = ["q_proj", "k_proj", "v_proj"]
-# precision = "w4a4"
 # activation = {{ scale_rule = "four_over_six" }}
 #
 # [[rule]]

@@ -44,7 +44,7 @@ def check_coverage(policy: Policy, sites: Sequence[Site], matching: Sequence[Seq
     for index, rule in enumerate(policy.rules):
         if rule.optional or not _could_match(rule, training):
             continue
-        problem = _problem(policy, index, sites, matching, training)
+        problem = _problem(policy, index, sites, matching)
         if problem is not None and policy.unmatched == "error":
             raise problem
         if problem is not None:
@@ -57,12 +57,12 @@ def _could_match(rule: Rule, training: bool) -> bool:
 
 
 def _problem(
-    policy: Policy, index: int, sites: Sequence[Site], matching: Sequence[Sequence[int]], training: bool
+    policy: Policy, index: int, sites: Sequence[Site], matching: Sequence[Sequence[int]]
 ) -> RuleMatchesNothing | RuleHidden | None:
     rule = policy.rules[index]
     winners = Counter(found[-1] for found in matching if index in found)
     if not winners:
-        nearest = _nearest(rule, sites, training)
+        nearest = _nearest(rule, sites)
         return RuleMatchesNothing(where=rule.label, keys=match_text(rule.match), count=len(sites), nearest=nearest)
     # A rule of another file is an exception that extends this one, which is what `extends` is for.
     if any(winner == index or policy.rules[winner].setting.origin != rule.setting.origin for winner in winners):
@@ -71,7 +71,7 @@ def _problem(
     return RuleHidden(where=rule.label, keys=match_text(rule.match), count=winners.total(), hiding=hiding)
 
 
-def _nearest(rule: Rule, sites: Sequence[Site], training: bool) -> str:
+def _nearest(rule: Rule, sites: Sequence[Site]) -> str:
     in_module = [site for site in sites if rule.match.covers_module(site.module)]
     if rule.match.match and in_module:
         fits = [site for site in in_module if site.role in rule.roles]
@@ -85,12 +85,27 @@ def _nearest(rule: Rule, sites: Sequence[Site], training: bool) -> str:
         if inside:
             return f'{pattern!r} is a module that holds some, as {inside[0]!r}: write "{pattern}.**".'
     near = [path for pattern in rule.match.match for path in _similar(pattern, paths)]
-    return f"Nearest modules: {', '.join(dict.fromkeys(near))}." if near else ""
+    if near:
+        return f"Nearest modules: {', '.join(dict.fromkeys(near))}."
+    found = {
+        "module": paths[:: max(1, len(paths) - 1)] if rule.match.match else (),
+        "op": {site.op for site in sites} if rule.match.op else (),
+        "class": {site.class_name for site in sites} if rule.match.class_name else (),
+        "trait": {trait for site in sites for trait in site.traits} if rule.match.trait else (),
+        "role": {site.role for site in sites} if rule.match.role else (),
+    }
+    seen = "; ".join(f"{key} {', '.join(map(repr, map(str, sorted(values))))}" for key, values in found.items() if values)
+    return f"The graph has {seen}." if seen else f"It has {max(site.layers for site in sites)} layers with a weight."
+
+
+def _as_glob(regex: str) -> str:
+    """What a regular expression on module paths usually means."""
+    return re.sub(r"\\(.)", r"\1", re.sub(r"\.[*+]|\\d\+?|\[[^\]]*\][*+]?", "*", regex))
 
 
 def _similar(pattern: str, paths: Sequence[str], count: int = 3) -> list[str]:
     """Paths whose last segments read most like `pattern`, which is compared with `*` for every layer number if it has one."""
-    plain = re.sub(r"\\(.)|\.\*", r"\1", pattern.removeprefix("re:")) if pattern.startswith("re:") else pattern.replace("**.", "")
+    plain = _as_glob(pattern.removeprefix("re:")) if pattern.startswith("re:") else pattern.replace("**.", "")
     length = plain.count(".") + 1
     spelled: dict[str, str] = {}
     for path in paths:

@@ -15,10 +15,9 @@ from fp4compile.policy.rule import PolicyNeedsTarget
 from tests.fp4compile.policy.sites import llama, site
 
 A, W, G = OperandKind.ACTIVATION, OperandKind.WEIGHT, OperandKind.GRADIENT
-SIX_OR_FOUR = QuantConfig(scale_rule="four_over_six")
 FORWARD = {
-    "nvfp4": {A: QuantConfig(), W: SIX_OR_FOUR},
-    "nvfp4_a16": {W: SIX_OR_FOUR},
+    "nvfp4": {A: QuantConfig(), W: QuantConfig()},
+    "nvfp4_a16": {W: QuantConfig()},
     "mxfp4": {A: QuantConfig(format="mxfp4"), W: QuantConfig(format="mxfp4")},
     "mxfp4_a16": {W: QuantConfig(format="mxfp4")},
     "nvfp4_train": {A: QuantConfig(), W: QuantConfig(block="16x16")},
