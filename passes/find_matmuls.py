@@ -156,7 +156,9 @@ def _operand(node: fx.Node, axis: int, facts: _Facts) -> Operand:
     if source in facts.weights:
         parameter = named_parameter(source)
         position = input_of(parameter) if parameter is not None else None
-        return Operand(kind=OperandKind.WEIGHT, source=source, axis=axis, parameter=facts.parameters.get(position, "") if position is not None else "")
+        return Operand(
+            kind=OperandKind.WEIGHT, source=source, axis=axis, parameter=facts.parameters.get(position, "") if position is not None else ""
+        )
     kind = OperandKind.GRADIENT if source in facts.gradients else OperandKind.ACTIVATION
     return Operand(kind=kind, source=source, axis=axis)
 
@@ -189,7 +191,7 @@ def _bare_site(node: fx.Node, op: str, refusal: str) -> Site:
 
 
 def _with_depth(sites: Mapping[fx.Node, Site]) -> dict[fx.Node, Site]:
-    """Number the layers that have a weight in forward order; a backward site takes number and path of its forward."""
+    """Number the layers that have a weight in forward order; a backward site takes number, path and traits of its forward."""
     layers = [node for node, site in sites.items() if site.role is Role.FPROP]
     depth = {node: i for i, node in enumerate(layers)}
     forward_of_seq = {node.meta["seq_nr"]: node for node in layers if "seq_nr" in node.meta}
@@ -200,7 +202,10 @@ def _with_depth(sites: Mapping[fx.Node, Site]) -> dict[fx.Node, Site]:
             numbered[node] = replace(site, layers=len(layers))
             continue
         origin = sites[forward]
-        numbered[node] = replace(site, depth=depth[forward], layers=len(layers), module=origin.module, class_name=origin.class_name)
+        traits = site.traits | origin.traits  # a router's gradients reach no selection, and wgrad does not read the tied weight
+        numbered[node] = replace(
+            site, depth=depth[forward], layers=len(layers), module=origin.module, class_name=origin.class_name, traits=traits
+        )
     return numbered
 
 
