@@ -36,8 +36,8 @@ def sample(dtype, shape, stride, device):
 def print_graph(gm: fx.GraphModule, *, title: str = "", names: ValueNames | None = None, runs_alone: bool = False) -> str:
     """Text of a module with a function `graph`, whose parameters are the flat inputs of the aten graph `gm`, then its constants.
 
-    `title` becomes the first lines, `constants_of` gives the values of the constants. `names` keeps names steady over several prints of one graph. With `runs_alone` the text also makes
-    inputs of the recorded shapes and runs itself as a script.
+    `title` becomes the first lines, and `constants_of` gives the values of the constants. `names` keeps names steady over several prints
+    of one graph. With `runs_alone` the text also makes inputs of the recorded shapes and runs itself as a script.
     """
     return _Printer(gm, names or ValueNames()).text(title, runs_alone)
 

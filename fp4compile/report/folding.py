@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fp4compile.passes.record import SiteDecision
+from fp4compile.passes.site import Role
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,15 +27,22 @@ def fold(rows: Iterable[SiteDecision]) -> list[Folded]:
     single = [folded for members in groups.values() for folded in _fold_layers(members)]
     merged: dict[tuple[object, ...], list[Folded]] = {}
     for folded in single:
-        merged.setdefault((folded.name, folded.count, folded.row.fallback, *_decision(folded.row)[1:]), []).append(folded)
+        _, precision, rule, reason, kernel, fallback = _decision(folded.row)
+        key = (folded.name, folded.count, precision, without_role(rule), without_role(reason), kernel, fallback)
+        merged.setdefault(key, []).append(folded)
     return [_with_roles(members) for members in merged.values()]
+
+
+def without_role(text: str) -> str:
+    """A policy has one rule a role, `[training] dgrad`; to a reader of the table it is the same one, `[training]`."""
+    return text.removesuffix(" fprop").removesuffix(" dgrad").removesuffix(" wgrad")
 
 
 def unfolded(rows: Iterable[SiteDecision]) -> list[Folded]:
     return [Folded(name=row.name, count=1, roles=(row.role,), row=row) for row in rows]
 
 
-def _decision(row: SiteDecision) -> tuple[object, ...]:
+def _decision(row: SiteDecision) -> tuple[str, str, str, str, str, bool]:
     return row.role, row.precision, row.rule, row.reason, row.kernel, row.fallback
 
 
@@ -87,5 +95,5 @@ def number_range(numbers: Iterable[int]) -> str:
 
 def _with_roles(members: list[Folded]) -> Folded:
     first = members[0]
-    roles = tuple(dict.fromkeys(role for member in members for role in member.roles))
-    return Folded(name=first.name, count=first.count, roles=roles, row=first.row)
+    roles = {role for member in members for role in member.roles}
+    return Folded(name=first.name, count=first.count, roles=tuple(str(role) for role in Role if role in roles), row=first.row)

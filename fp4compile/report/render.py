@@ -9,7 +9,7 @@ from tabulate import tabulate
 
 from fp4compile.passes.record import GraphRecord, SiteDecision
 from fp4compile.report.coverage import coverage_of, is_quantized
-from fp4compile.report.folding import Folded, fold, unfolded
+from fp4compile.report.folding import Folded, fold, unfolded, without_role
 
 _COLUMNS = ("matmul", "role", "M", "N", "K", "precision", "kernel", "because")
 _ALIGN = ("left", "left", "right", "right", "right", "left", "left", "left")
@@ -41,7 +41,8 @@ def header_lines(graph: GraphRecord, *, stable: bool = False) -> list[str]:
         return [*lines, "no matmul in this graph: nothing to do"]
     cover = coverage_of([graph])
     counts = f"{cover.sites} matmuls: {cover.quantized} quantized, {cover.kept} kept, {cover.fallen_back} fell back"
-    shares = [f"{share:.1%} of {what}" for share, what in ((cover.flops_share, "operations"), (cover.weight_share, "weight bytes")) if share is not None]
+    known = ((cover.flops_share, "operations"), (cover.weight_share, "weight bytes"))
+    shares = [f"{share:.1%} of {what}" for share, what in known if share is not None]
     lines.append(counts + (f" ({', '.join(shares)})" if shares else ""))
     lines += [line for line in (_savings(graph), "" if stable else _time(graph)) if line]
     lines += _causes("kept", (row for row in graph.sites if not is_quantized(row) and not row.fallback))
@@ -81,8 +82,10 @@ def _table(rows: Sequence[SiteDecision], folded: bool, style: str) -> str:
 def _cells(folded: Folded) -> tuple[str, ...]:
     row = folded.row
     name = f"{folded.name} x{folded.count}" if folded.count > 1 else folded.name
-    reason = f"FELL BACK: {row.reason}" if row.fallback else row.reason
-    because = f"{reason} ({row.rule})" if row.rule and reason else reason or row.rule
+    rule = without_role(row.rule) if len(folded.roles) > 1 else row.rule
+    # What the policy says of everything needs no words of its own: the rule is the reason.
+    reason = "" if row.reason.startswith("default of ") else f"FELL BACK: {row.reason}" if row.fallback else row.reason
+    because = f"{reason} ({rule})" if rule and reason else reason or rule
     return name, " ".join(folded.roles), row.m, row.n, row.k if row.k != "0" else "", row.precision, row.kernel, because
 
 
