@@ -1,0 +1,142 @@
+"""Every kernel, exactly as its launcher launches it, compiles for each generation of GPU on a machine without one, and spills nothing."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from fp4compile.codegen.formats import QuantConfig
+from fp4compile.codegen.kernels import launch
+from fp4compile.codegen.ops import quantize_args
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+POINTERS = {
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
+    torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64",
+}  # fmt: skip
+OPTIONS = {"num_warps", "num_stages", "enable_fp_fusion"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    kernel: Any
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+    def compile(self, capability: int) -> Any:
+        """What Triton's own dispatcher would compile for these arguments: ones are constants, multiples of 16 are marked."""
+        signature, constants, attributes = {}, {}, {}
+        for i, parameter in enumerate(self.kernel.params):
+            name, value = parameter.name, self.arguments[parameter.name]
+            if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+                signature[name], constants[name] = "constexpr", value
+                continue
+            signature[name] = POINTERS[value.dtype] if isinstance(value, Tensor) else "i32"
+            if isinstance(value, Tensor) or value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        source = ASTSource(self.kernel, signature, constants, attributes)
+        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=self.options)
+
+
+def launches_of(call: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    """The kernels that `call` would launch, last first; nothing runs."""
+    recorded: list[Launch] = []
+
+    def record(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
+        values = dict(zip(kernel.arg_names, arguments, strict=False)) | {n: v for n, v in named.items() if n not in OPTIONS}
+        recorded.insert(0, Launch(kernel=kernel, arguments=values, options={n: v for n, v in named.items() if n in OPTIONS}))
+
+    monkeypatch.setattr(JITFunction, "run", record)
+    call()
+    return recorded
+
+
+def usage(compiled: Any, folder: Path) -> dict[str, int]:
+    """Registers, stack and local bytes of the cubin."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    text = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True)
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text.stdout + text.stderr)}
+
+
+def quantize(dtype: torch.dtype, axis: int, **options: Any) -> Callable[[], object]:
+    x = torch.zeros(4096, 1024, dtype=dtype)
+    return lambda: launch.quantize(x, axis, *quantize_args(QuantConfig(**options)), torch.tensor(1))
+
+
+def product(m: int, left: str, right: str, groups: int = 0) -> Callable[[], object]:
+    k, n = 1024, 2048
+    a, b = operand(left, m, k), operand(right, n, k)
+    if not groups:
+        return lambda: launch.scaled_mm(*a, *b, torch.zeros(n), k, torch.bfloat16)
+    experts = [t if t is None else t.expand(groups, *t.shape) for t in b]
+    return lambda: launch.scaled_grouped_mm(*a, *experts, torch.zeros(groups, dtype=torch.int32), k, torch.bfloat16)
+
+
+def operand(kind: str, rows: int, k: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    if kind in ("bfloat16", "float16", "float32"):
+        return torch.zeros(rows, k, dtype=getattr(torch, kind)), None, None
+    block, dtype = (16, torch.float8_e4m3fn) if kind == "nvfp4" else (32, torch.float8_e8m0fnu)
+    return torch.zeros(rows, k // 2, dtype=torch.uint8), torch.zeros(rows, k // block, dtype=torch.uint8).view(dtype), torch.ones(rows)
+
+
+QUANTIZERS = {
+    "plain": quantize(torch.bfloat16, -1),
+    "tile": quantize(torch.bfloat16, -1, block="16x16", scale_rule="four_over_six"),
+    "row": quantize(torch.float16, -1, global_scale="row", scale_rule="four_over_six_absmax"),
+    "wgrad": quantize(torch.bfloat16, -2, hadamard=16, rounding="stochastic"),
+    "h128": quantize(torch.float32, -2, hadamard=128),
+    "mxfp4": quantize(torch.bfloat16, -1, format="mxfp4", rounding="stochastic"),
+    "hadamard": lambda: launch.hadamard(torch.zeros(64, 4096), -1, 64),
+}
+PRODUCTS = {
+    "w4a4-m1": product(1, "nvfp4", "nvfp4"),
+    "w4a4-m64": product(64, "nvfp4", "nvfp4"),
+    "w4a4-m4096": product(4096, "nvfp4", "nvfp4"),
+    "mx-m4096": product(4096, "mxfp4", "mxfp4"),
+    "bf16-m1": product(1, "bfloat16", "nvfp4"),
+    "bf16-m4096": product(4096, "bfloat16", "nvfp4"),
+    "fp16-m64": product(64, "float16", "nvfp4"),
+    "fp16-mx": product(64, "float16", "mxfp4"),
+    "fp32-m64": product(64, "float32", "nvfp4"),
+    "grouped-w4a4": product(2048, "nvfp4", "nvfp4", groups=8),
+    "grouped-bf16": product(512, "bfloat16", "nvfp4", groups=8),
+}
+# The oldest supported GPU, the emulation's main target, and the two that fall back to it: fewer kernels there, for time.
+CAPABILITIES = {90: (*QUANTIZERS, *PRODUCTS), 80: ("tile", "wgrad", "h128", "w4a4-m4096", "bf16-m1", "fp32-m64", "grouped-w4a4")}
+CAPABILITIES |= {100: ("tile", "wgrad", "w4a4-m4096", "grouped-bf16"), 120: ("tile", "wgrad", "w4a4-m4096", "mx-m4096", "grouped-bf16")}
+CASES = [(capability, name) for capability, names in CAPABILITIES.items() for name in names]
+
+
+@pytest.mark.parametrize(("capability", "name"), CASES, ids=[f"sm_{c}-{n}" for c, n in CASES])
+def test_compiles_without_spills(capability: int, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    launch_ = launches_of((QUANTIZERS | PRODUCTS)[name], monkeypatch)[0]
+    compiled = launch_.compile(capability)
+    used = usage(compiled, tmp_path)
+    assert used["STACK"] == used["LOCAL"] == 0, used
+    ptx = compiled.asm["ptx"]
+    if name in QUANTIZERS:
+        # Each of these is another rounding than the reference's.
+        assert not re.findall(r"\b(?:fma|mad)\.(?:rn\.)?f32|\.ftz|\.approx|div\.full", ptx)
+    elif not name.startswith("fp32"):
+        assert re.search(r"\b(?:mma\.sync|wgmma|tcgen05\.mma)", ptx)
+
+
+def test_the_amax_kernel_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("plain", "row", "wgrad"):
+        amax = launches_of(QUANTIZERS[name], monkeypatch)[1]
+        assert amax.kernel.fn.__name__ == "amax_kernel"
+        used = usage(amax.compile(90), tmp_path)
+        assert used["STACK"] == used["LOCAL"] == 0, used
