@@ -8,7 +8,7 @@ Stochastic rounding draws from one seeds tensor a graph, made anew by every call
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +18,7 @@ from fp4compile.codegen import ops
 from fp4compile.codegen.formats import QuantConfig, Rounding
 from fp4compile.passes.base import Pass, PassContext, PassResult
 from fp4compile.passes.insert import call, size_node
-from fp4compile.passes.site import Operand, Plan, Site, fake_of, plan_of, set_plan, set_site, site_of
+from fp4compile.passes.site import Operand, Site, fake_of, plan_of, set_plan, set_site, site_of
 
 aten = torch.ops.aten
 
@@ -49,6 +49,7 @@ class _Places:
         drawing = [n for n in planned if any(_is_stochastic(c) for c in _configs(n))]
         self.count = sum(_is_stochastic(c) for n in drawing for c in _configs(n))
         self.used = 0
+        self.replaced: dict[fx.Node, fx.Node] = {}
         if drawing:
             self.seeds = self._draw(drawing)
 
@@ -59,6 +60,10 @@ class _Places:
         kwargs = {"dtype": torch.int64, "device": fake_of(drawing[0]).device, "pin_memory": False}
         with self.graph.inserting_after(self.last_input), fake_of(drawing[0]).fake_mode:
             return call(self.graph, aten.randint.low, (0, 2**62, [self.count]), kwargs, like=drawing[0], tag=tag)
+
+    def current(self, operand: Operand) -> Operand:
+        """An operand may be the result of a matmul that was rewritten before this one."""
+        return replace(operand, source=self.replaced.get(operand.source, operand.source))
 
     def after(self, source: fx.Node) -> fx.Node:
         """Placeholders stand at the front of a graph; what reads one goes after the last of them, and after the draw."""
@@ -90,11 +95,14 @@ def _configs(node: fx.Node) -> tuple[QuantConfig | None, QuantConfig | None]:
 def _rewrite(node: fx.Node, places: _Places) -> None:
     site, plan = site_of(node), plan_of(node)
     assert site is not None and plan is not None and site.lhs is not None and site.rhs is not None
+    site = replace(site, lhs=places.current(site.lhs), rhs=places.current(site.rhs))
     left = _quantized(node, site.lhs, plan.lhs, places)
     right = _quantized(node, site.rhs, plan.rhs, places)
     with node.graph.inserting_before(node):
         new = _scaled_product(node, site, left or _high(node, site.lhs), right or _high(node, site.rhs))
-    _carry(new, site, plan)
+    set_site(new, site)
+    set_plan(new, plan)
+    places.replaced[node] = new
     node.replace_all_uses_with(new)
     node.graph.erase_node(node)
 
@@ -133,7 +141,3 @@ def _high(node: fx.Node, operand: Operand) -> tuple[fx.Node, None, None]:
     order = [*range(rank - 2), rank - 1, rank - 2]
     return call(node.graph, aten.permute.default, (operand.source, order), like=node), None, None
 
-
-def _carry(new: fx.Node, site: Site, plan: Plan) -> None:
-    set_site(new, site)
-    set_plan(new, plan)

@@ -51,6 +51,14 @@ def test_insert_quantize(configs, activation, accept: bool) -> None:
     assert got.changed == [2] and got.changed_again == [0] and got.count(ops.SCALED_MM) == 2
 
 
+def test_a_matmul_that_directly_reads_another_reads_its_rewritten_form() -> None:
+    model = nn.Sequential(nn.Linear(32, 40, dtype=BF16), nn.Linear(40, 32, dtype=BF16))
+    x = torch.randn(5, 32, dtype=BF16)
+    got = apply(model, x, setup=SETUP, passes=[InsertQuantize()])
+    expected = linear_ref(linear_ref(x, model[0], QuantConfig()), model[1], QuantConfig())
+    torch.testing.assert_close(got.output, expected, rtol=2**-7, atol=1e-5)
+
+
 def test_insert_quantize_leaves_unplanned_sites_alone() -> None:
     got = apply(TwoLayers(), torch.randn(5, 32, dtype=BF16), setup=SETUP, passes=[InsertQuantize()], decide=decide_forward({}))
     assert got.changed == [0] and got.same_code
