@@ -151,11 +151,8 @@ def _shown_edges(
 
     Other layers speak for the shown one where it is fed by, or feeds, its like: the first layer reads what comes before the block.
     """
-    fed_by_its_like, feeds_its_like = set[Box](), set[Box]()
-    for a, b in graph.edges:
-        if _joins_equal_layers(a, b, layers, classes):
-            fed_by_its_like.add(shown[b])
-            feeds_its_like.add(shown[a])
+    joining = [(a, b) for a, b in graph.edges if _joins_equal_layers(a, b, layers, classes)]
+    fed_by_its_like, feeds_its_like = {shown[b] for _, b in joining}, {shown[a] for a, _ in joining}
     edges: set[tuple[Box, Box]] = set()
     for a, b in graph.edges:
         first, second = shown[a], shown[b]

@@ -22,8 +22,8 @@ from fp4compile.passes.value_names import is_result_of_tuple, parameter_names
 
 _SINGLE = frozenset({ops.QUANTIZE, ops.HADAMARD, torch.ops.aten.embedding.default})
 _VIEWS = frozenset({
-    "alias", "clone", "contiguous", "convert_element_type", "detach", "expand", "getitem", "lift_fresh_copy", "permute", "reshape", "select",
-    "slice", "split", "split_with_sizes", "squeeze", "sym_size", "t", "to_copy", "transpose", "unsafe_view", "unsqueeze", "view",
+    "alias", "clone", "contiguous", "convert_element_type", "detach", "expand", "getitem", "lift_fresh_copy", "permute", "reshape",
+    "select", "slice", "split", "split_with_sizes", "squeeze", "sym_size", "t", "to_copy", "transpose", "unsafe_view", "unsqueeze", "view",
 })  # fmt: skip
 
 
@@ -250,7 +250,8 @@ def _weight_text(site: Site, plan: Plan | None) -> tuple[str, bool]:
     pairs = ((site.lhs, plan.lhs if plan else None), (site.rhs, plan.rhs if plan else None))
     for operand, config in pairs:
         if operand is not None and operand.kind is OperandKind.WEIGHT:
-            return f"weight {config.describe() if config else short_dtype(fake_of(operand.source).dtype)} {_sizes(operand)}", config is not None
+            fmt = config.describe() if config else short_dtype(fake_of(operand.source).dtype)
+            return f"weight {fmt} {_sizes(operand)}", config is not None
     return "", False
 
 

@@ -81,14 +81,12 @@ def _flops_share(rows: list[SiteDecision]) -> float | None:
 
 def flops_of(row: SiteDecision) -> sympy.Expr | None:
     """2 * M * N * K, or None where a size is not known or is no plain product of symbols."""
-    sizes = [_size(text) for text in (row.m, row.n, row.k)]
-    if any(size is None or size == 0 for size in sizes):
-        return None
-    return 2 * sympy.prod(sizes)
+    sizes = [size for text in (row.m, row.n, row.k) if (size := _size(text)) is not None and size != 0]
+    return sympy.Mul(2, *sizes) if len(sizes) == 3 else None
 
 
 def _size(text: str) -> sympy.Expr | None:
     factors = text.split("*")
     if not all(factor.isidentifier() or factor.isdecimal() for factor in factors):
         return None
-    return sympy.prod(int(f) if f.isdecimal() else sympy.Symbol(f, positive=True, integer=True) for f in factors)
+    return sympy.Mul(*(sympy.Integer(f) if f.isdecimal() else sympy.Symbol(f, positive=True, integer=True) for f in factors))
