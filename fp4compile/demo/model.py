@@ -38,10 +38,6 @@ _NAMES: Final = {
     "ffn_norm": "post_attention_layernorm",
 }
 _CONTROL_TOKEN: Final = 3  # gguf's TokenType.CONTROL
-_PROMPT: Final = (
-    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
-    "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
-)
 
 
 class MissingPackage(Fp4CompileError, ImportError):
@@ -91,11 +87,6 @@ def load_tokenizer(reader: Any) -> Any:
     return tokenizer
 
 
-def chat_prompt(question: str) -> str:
-    """The file's own chat template, for one question."""
-    return _PROMPT.format(question=question)
-
-
 def hf_name(name: str) -> str:
     """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`."""
     parts = name.split(".")
@@ -105,7 +96,7 @@ def hf_name(name: str) -> str:
 
 
 def undo_rope_permutation(weight: Tensor, heads: int) -> Tensor:
-    """GGUF pairs the rotated dimensions of a head (0, 1), (2, 3), ...; transformers pairs (0, d/2), (1, d/2 + 1), ... (rows, K) in and out."""
+    """(rows, K) in and out. GGUF pairs the rotated rows of a head as (0, 1), (2, 3), ...; transformers as (0, d/2), (1, d/2 + 1), ..."""
     rows, columns = weight.shape
     return weight.reshape(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
 

@@ -1,4 +1,4 @@
-"""English Wikipedia prose out of the PyPI package `exllamav2`, cleaned, and cut into windows. CC BY-SA: fetched when needed, not shipped."""
+"""English Wikipedia prose out of the PyPI package `exllamav2`, cleaned and cut into windows. CC BY-SA: fetched when needed, not shipped."""
 
 from __future__ import annotations
 

