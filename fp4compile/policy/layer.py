@@ -74,7 +74,6 @@ class Layer:
             default=self.default.over(base.default),
             training=self.training.over(base.training),
             rules=(*base.rules, *self.rules),
-            auto=base.auto,
         )
 
 

@@ -160,13 +160,13 @@ def _in_training(inference: Policy, training: Policy) -> Policy:
 
 def _spelled_out(policy: Policy, role: Role) -> Setting | None:
     own = policy.training.of(role)
-    if own is None and role is not Role.FPROP:
+    if own is None:
         return None
     setting = policy.setting_for(None, role, training=True)
     where = policy.source_of(role, training=True)
     configs = configs_of(replace(setting, precision=Precision.W4A4), role, where)  # a rule may need those that the precision leaves out
     tables: dict[str, Any] = {str(kind): OperandTable.of(config) for kind, config in configs.items()}
-    return Setting(precision=setting.precision, origin=(own or policy.default).origin, **tables)
+    return Setting(precision=setting.precision, origin=own.origin, **tables)
 
 
 def _rules_by_graph(inference: tuple[Rule, ...], training: tuple[Rule, ...]) -> tuple[Rule, ...]:

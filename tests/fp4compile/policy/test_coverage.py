@@ -112,6 +112,13 @@ def test_unmatched_warn_makes_it_a_warning(rules):
         assert len(decide(*rules, unmatched="warn")) == len(llama())
 
 
+def test_unmatched_is_inherited(tmp_path):
+    (tmp_path / "base.toml").write_text('version = 1\nextends = "nvfp4"\nunmatched = "warn"\n')
+    (tmp_path / "mine.toml").write_text('version = 1\nextends = "base.toml"\n[[rule]]\nmatch = "nowhere"\nprecision = "high"\n')
+    with pytest.warns(RuleWarning, match=r"mine\.toml, rule 1: .* matches none"):
+        load_policy(tmp_path / "mine.toml").decide(llama(), training=False)
+
+
 def test_rules_about_the_backward_are_not_asked_of_an_inference_graph():
     rule = {"match": "q_proj", "role": ["dgrad", "wgrad"], **HIGH}
     with warnings.catch_warnings():
