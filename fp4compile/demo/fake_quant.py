@@ -12,11 +12,11 @@ from typing import Any, Final
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fp4compile.codegen.formats import QuantConfig, ScaleRule
+from fp4compile.codegen.formats import QuantConfig
 from fp4compile.codegen.reference.block import dequantize_ref, quantize_ref
 
 # What the preset nvfp4 means, written out: a test compares them with the policy.
-NVFP4_WEIGHT: Final = QuantConfig(scale_rule=ScaleRule.FOUR_OVER_SIX)
+NVFP4_WEIGHT: Final = QuantConfig()
 NVFP4_ACTIVATION: Final = QuantConfig()
 
 

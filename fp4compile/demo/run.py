@@ -54,7 +54,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def default_policies() -> list[str]:
-    """W4A4, W4A4 with adaptive scales on both operands (a file beside this one), W4A16."""
+    """W4A4, W4A4 with adaptive scales (a file beside this one), W4A16."""
     return [VERIFIED, str(resources.files("fp4compile.demo") / "four_over_six.toml"), "nvfp4_a16"]
 
 
