@@ -106,7 +106,7 @@ def _keys(graph: BoxGraph, layers: dict[Box, Layer]) -> dict[Box, tuple[object, 
     for box, layer in layers.items():
         if box.kind is not Kind.OTHER:
             where = "" if box.kind is Kind.QUANTIZE else relative_path(box, layer)
-            key = (box.kind, where, box.role, box.details, box.precision, box.weight)
+            key = (box.kind, where, box.role, box.details, box.precision, box.weight, box.fell_back)
             seen[layer, key] += 1
             keys[box] = (*key, seen[layer, key])
     around: dict[Box, tuple[set[Box], set[Box]]] = {box: (set(), set()) for box in layers}
