@@ -62,7 +62,7 @@ class RecipeLinear(nn.Module):
         self.weight, self.bias, self.recipe = linear.weight, linear.bias, recipe
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = self.bias if self.bias is not None else torch.zeros(self.weight.shape[0], dtype=x.dtype)
+        bias = self.bias if self.bias is not None else self.weight.new_zeros(self.weight.shape[0], dtype=x.dtype)
         return _Linear.apply(x, self.weight, bias, self.recipe)
 
 
