@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 def test_kernels_pass_under_the_interpreter(file: str) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     # -P: the repository root on sys.path would hide the installed package behind its own folders.
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / file)]
+    command = [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", str(HERE / file)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=HERE)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
