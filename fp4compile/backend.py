@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from fp4compile import capture, handoff
+from fp4compile.codegen.registry import sources_of
 from fp4compile.codegen.target import target_of
 from fp4compile.options import Options
 from fp4compile.passes.base import PassContext
@@ -30,7 +31,7 @@ def fp4(gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None =
     """`torch.compile(model, backend="fp4")` ends here, once for each graph that Dynamo captures."""
     chosen = Options.parse(options, mode)
     target = target_of(capture.device_of(example_inputs), where='torch.compile(backend="fp4")')
-    policy = load_policy(chosen.policy).resolve_for(target)
+    policy = load_policy(chosen.policy)
     record = GraphRecord(id=capture.compile_id(), training=False, target=target.name, policy=policy.name)
     transform = _Transform(policy, chosen, capture.parameter_names(gm, example_inputs), record, PIPELINE)
 
@@ -75,10 +76,9 @@ def explain(model: Callable[..., Any], *args: Any, policy: Any = "auto", strict:
 
     def dry_run(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         target = target_of(capture.device_of(example_inputs), where="explain")
-        resolved = loaded.resolve_for(target)
-        record = GraphRecord(id=capture.compile_id(), training=False, target=target.name, policy=resolved.name)
+        record = GraphRecord(id=capture.compile_id(), training=False, target=target.name, policy=loaded.name)
         records.append(record)
-        transform = _Transform(resolved, chosen, capture.parameter_names(gm, example_inputs), record, ANALYSIS)
+        transform = _Transform(loaded, chosen, capture.parameter_names(gm, example_inputs), record, ANALYSIS)
         return handoff.trace_only(gm, example_inputs, transform=transform, fingerprint="explain")
 
     buffers = [(b, b.clone()) for b in model.buffers()] if isinstance(model, torch.nn.Module) else []
@@ -97,21 +97,24 @@ class _Transform:
 
     def __call__(self, gm: fx.GraphModule) -> None:
         capture.mark_inputs(gm.graph)
-        training = any(is_backward(node) for node in gm.graph.nodes)
-        self.record.training = training
+        record, target = self.record, target_of(capture.device_of([n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]))
+        record.training = any(is_backward(node) for node in gm.graph.nodes)
+        policy = self.policy.resolve_for(target, training=record.training)
+        record.policy = policy.name
 
         def decide(sites: list[Site]) -> list[Decision]:
-            return self.policy.decide(sites, training=training)
+            return policy.decide(sites, training=record.training)
 
-        device = capture.device_of([n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"])
-        ctx = PassContext(decide=decide, target=target_of(device), record=self.record, parameters=self.parameters, strict=self.options.strict)
+        ctx = PassContext(decide=decide, target=target, record=record, parameters=self.parameters, strict=self.options.strict)
         dump = _dump_into(self.options.dump) if self.options.dump else None
         if dump:
-            dump.start(self.record.id, gm)
+            dump.start(record.id, gm)
         run(gm, ctx, self.passes, instruments=[dump] if dump else [], check=self.options.verify)
         if dump:
-            dump.finish(self.record, self.policy.to_toml())
-        log.debug("graph %s: %d sites, policy %s", self.record.id, len(self.record.sites), self.record.policy)
+            for file, source in sources_of({row.kernel for row in record.sites}).items():
+                dump.write_kernel(file, source)
+            dump.finish(record, policy.to_toml())
+        log.debug("graph %s: %d sites, policy %s", record.id, len(record.sites), record.policy)
 
 
 def _dump_into(folder: str) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -35,7 +36,7 @@ This folder holds code, shapes and module names. It holds no weights and no data
 | `report.json` | this page as data |
 | `passes.json` | what each pass changed, its notes and its time |
 | `policy.toml` | the policy as resolved; `options={{"policy": "policy.toml"}}` applies it again |
-| `kernels/` | source of generated kernels |
+| `kernels/` | source of the kernels that run it |
 
 ![transformed graph](graph.svg)
 
@@ -59,27 +60,30 @@ class Dump:
         self.folder = Path(folder)
         self._names = ValueNames()
 
-    def start(self, graph_id: str, gm: fx.GraphModule) -> None:
+    def start(self, graph_id: str, gm: fx.GraphModule, parameters: Mapping[int, str] | None = None) -> None:
+        """Begin the folder of a graph. `parameters` names the parameters among its flat inputs by position."""
         self.graph_folder = self.folder / folder_name(graph_id, gm)
         self._names = ValueNames()  # one table a graph: a value has the same name in all of its numbered files
+        self._parameters = parameters
         self._gm = gm
         self._clear()
-        self._write("00-captured.py", print_graph(gm, title="captured", names=self._names, runs_alone=True))
+        self._write_graph("00-captured.py", "captured")
 
     def after_pass(self, index: int, record: PassRecord, gm: fx.GraphModule) -> None:
         self._gm = gm
         title = "\n".join([f"after {record.name} | {record.changed} changed", *record.notes])
-        self._write(f"{index:02}-{_safe(record.name)}.py", print_graph(gm, title=title, names=self._names, runs_alone=True))
+        self._write_graph(f"{index:02}-{_safe(record.name)}.py", title)
 
-    def write_kernel(self, name: str, source: str) -> None:
-        self._write(f"kernels/{_safe(name)}.py", source)
+    def write_kernel(self, file: str, source: str) -> None:
+        """`file` is a name with its ending, as in `quantize.py`."""
+        self._write(f"kernels/{file}", source)
 
     def finish(self, record: GraphRecord, policy_text: str) -> None:
         record.dump = str(self.graph_folder)
         report = Report(graphs=(record,))
         first, *rest = header_lines(record, stable=True)
         fallbacks = frozenset((row.name, row.role) for row in record.sites if row.fallback)
-        drawing = draw(self._gm, title=first, subtitle=rest[:2], fallbacks=fallbacks)
+        drawing = draw(self._gm, title=first, subtitle=rest[:2], fallbacks=fallbacks, parameters=self._parameters)
         self._write("graph.dot", drawing.dot)
         self._write("graph.svg", drawing.svg)
         self._write("report.md", _ABOUT.format(id=record.id) + report.to_markdown(stable=True))
@@ -87,9 +91,12 @@ class Dump:
         self._write("passes.json", json.dumps([asdict(p) for p in record.passes], indent=2) + "\n")
         self._write("policy.toml", policy_text)
 
+    def _write_graph(self, name: str, title: str) -> None:
+        self._write(name, print_graph(self._gm, title=title, names=self._names, parameters=self._parameters, runs_alone=True))
+
     def _clear(self) -> None:
         """An earlier dump may have had other passes; nothing of it may stay behind, and nothing else may go."""
-        for file in [*self.graph_folder.glob("*"), *self.graph_folder.glob("kernels/*.py")]:
+        for file in [*self.graph_folder.glob("*"), *self.graph_folder.glob("kernels/*")]:
             if _OURS.fullmatch(file.name) or file.parent.name == "kernels":
                 file.unlink()
 

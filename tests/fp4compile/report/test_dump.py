@@ -120,8 +120,8 @@ def test_another_graph_adds_a_folder_and_the_same_one_is_written_anew(tmp_path: 
 def test_kernels_get_a_file_each(tmp_path: Path) -> None:
     dump = Dump(tmp_path)
     dump.start("3/1", capture_graphs(Mlp(), torch.randn(2, 32))[0].gm)
-    dump.write_kernel("scaled_mm/sm_90 <M=1>", "def kernel(): ...\n")
-    assert (tmp_path / "graph_3_1_inference" / "kernels" / "scaled_mm_sm_90_M_1.py").read_text() == "def kernel(): ...\n"
+    dump.write_kernel("scaled_mm.py", "def kernel(): ...\n")
+    assert (tmp_path / "graph_3_1_inference" / "kernels" / "scaled_mm.py").read_text() == "def kernel(): ...\n"
 
 
 def test_a_folder_that_cannot_be_made_is_an_error_with_advice(tmp_path: Path) -> None:
