@@ -25,8 +25,9 @@ import triton
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
-SHARDS = 10  # compiling takes longer than running, on one core a process
-SECTIONS = [f"quantize {i}" for i in range(SHARDS)] + ["hadamard 0", "exact_products 0", "exact_products 1", "products 0", "grouped 0"]
+# Compiling takes longer than running, and uses one core a process.
+SHARDS = {"quantize": 10, "hadamard": 1, "exact_products": 4, "products": 2, "grouped": 1}
+SECTIONS = [f"{kind} {shard}" for kind, shards in SHARDS.items() for shard in range(shards)]
 FAILURES = (triton.TritonError, RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError, AttributeError, KeyError)
 
 
@@ -195,10 +196,9 @@ CHECKS = {
 def run_section(section: str, device: torch.device, small: bool, running: Path) -> list[dict[str, Any]]:
     """Run one shard of a section, printing failures as they come; `running` names the check under way, should the process die."""
     kind, shard = section.split()
-    shards = sum(name.startswith(kind + " ") for name in SECTIONS)
     results = []
     for number, (name, check) in enumerate(CHECKS[kind](device, small)):
-        if number % shards != int(shard):
+        if number % SHARDS[kind] != int(shard):
             continue
         running.write_text(name)
         start = time.perf_counter()
@@ -224,7 +224,9 @@ def run_all(folder: Path, device: str, small: bool) -> list[dict[str, Any]]:
     for section, out, process in processes:
         _, errors = process.communicate()
         if process.returncode == 0:
-            results += json.loads(out.read_text())
+            done = json.loads(out.read_text())
+            print(f"{section}: {len(done)} checks, {sum(r['seconds'] for r in done):.0f} s", flush=True)
+            results += done
         else:
             during = out.with_suffix(".running").read_text() if out.with_suffix(".running").exists() else "its start"
             print(f"FAIL {section}: the process ended with {process.returncode} during {during}\n{errors[-3000:]}", flush=True)

@@ -47,9 +47,11 @@ def hard_matrix(name: str, rows: int, columns: int, generator: torch.Generator) 
     return x
 
 
-def hard_batch(rows: int, columns: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """(len(DISTRIBUTIONS), rows, columns): one matrix of each distribution, so that each has its own global scale."""
-    return torch.stack([hard_matrix(name, rows, columns, generator).to(dtype) for name in DISTRIBUTIONS])
+def hard_batch(
+    rows: int, columns: int, dtype: torch.dtype, generator: torch.Generator, names: tuple[str, ...] = DISTRIBUTIONS
+) -> Tensor:  # fmt: skip
+    """(len(names), rows, columns): one matrix of each distribution, so that each has its own global scale."""
+    return torch.stack([hard_matrix(name, rows, columns, generator).to(dtype) for name in names])
 
 
 def first_differences(got: Tensor, want: Tensor, limit: int = 4) -> str:
