@@ -33,13 +33,21 @@ def sample(dtype, shape, stride, device):
 '''
 
 
-def print_graph(gm: fx.GraphModule, *, title: str = "", names: ValueNames | None = None, runs_alone: bool = False) -> str:
+def print_graph(
+    gm: fx.GraphModule,
+    *,
+    title: str = "",
+    names: ValueNames | None = None,
+    parameters: Mapping[int, str] | None = None,
+    runs_alone: bool = False,
+) -> str:
     """Text of a module with a function `graph`, whose parameters are the flat inputs of the aten graph `gm`, then its constants.
 
     `title` becomes the first lines, and `constants_of` gives the values of the constants. `names` keeps names steady over several prints
-    of one graph. With `runs_alone` the text also makes inputs of the recorded shapes and runs itself as a script.
+    of one graph. `parameters` names the parameters among the flat inputs by position. With `runs_alone` the text also makes inputs of the
+    recorded shapes and runs itself as a script.
     """
-    return _Printer(gm, names or ValueNames()).text(title, runs_alone)
+    return _Printer(gm, names or ValueNames(), parameter_names(gm.graph, parameters)).text(title, runs_alone)
 
 
 def constants_of(gm: fx.GraphModule) -> list[Any]:
@@ -48,11 +56,11 @@ def constants_of(gm: fx.GraphModule) -> list[Any]:
 
 
 class _Printer:
-    def __init__(self, gm: fx.GraphModule, names: ValueNames) -> None:
+    def __init__(self, gm: fx.GraphModule, names: ValueNames, parameters: Mapping[fx.Node, str]) -> None:
         self.gm = gm
         self.names = names
         self.constants = dict(_constants(gm))
-        self.parameters = parameter_names(gm.graph)
+        self.parameters = parameters
         self.imports = {"import torch"}
 
     def text(self, title: str, runs_alone: bool) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import builtins
 import keyword
 from collections import Counter
+from collections.abc import Mapping
 from typing import Final
 
 import torch
 from torch import fx
 
 from fp4compile.passes.literals import operation_name, result_names
-from fp4compile.passes.site import site_of
+from fp4compile.passes.site import input_of, site_of
 
 _RESERVED: Final = frozenset({*keyword.kwlist, *dir(builtins), "torch", "operator", "math", "graph", "sample", "example_inputs"})
 
@@ -69,9 +70,10 @@ def is_result_of_tuple(node: fx.Node) -> bool:
     return isinstance(node.args[0], fx.Node) and isinstance(node.args[1], int)
 
 
-def parameter_names(graph: fx.Graph) -> dict[fx.Node, str]:
-    """Placeholders that the sites of `graph` know as parameters, with their fully qualified names."""
-    found: dict[fx.Node, str] = {}
+def parameter_names(graph: fx.Graph, parameters: Mapping[int, str] | None = None) -> dict[fx.Node, str]:
+    """Placeholders that are parameters, with their fully qualified names: those at the flat positions `parameters`, and what sites know."""
+    inputs = [n for n in graph.nodes if n.op == "placeholder"]
+    found = {n: parameters[at] for n in inputs if parameters and (at := input_of(n)) is not None and at in parameters}
     for node in graph.nodes:
         site = site_of(node)
         for operand in (site.lhs, site.rhs) if site is not None else ():

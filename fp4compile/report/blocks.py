@@ -76,7 +76,10 @@ def _panel(title: str, graph: BoxGraph) -> Panel:
 
 
 def _layers(graph: BoxGraph) -> dict[Box, Layer]:
-    """The repeated block that each box is part of: its module path up to the first number that takes several values."""
+    """The repeated block that each box is part of: its module path up to the first number that takes several values.
+
+    A quantizer stands in the layer of its readers, and in none where layers share it.
+    """
     values: dict[str, set[int]] = {}
     for box in graph.boxes:
         for prefix, index in _numbers(box.module):
@@ -86,7 +89,11 @@ def _layers(graph: BoxGraph) -> dict[Box, Layer]:
         repeated = [layer for layer in _numbers(box.module) if len(values[layer[0]]) > 1]
         if repeated:
             found[box] = repeated[0]
-    return found
+    read_in: dict[Box, set[Layer | None]] = {}
+    for a, b in graph.edges:
+        read_in.setdefault(a, set()).add(found.get(b))
+    shared = [box for box in found if box.kind in (Kind.QUANTIZE, Kind.ROTATE, Kind.SAVED) and len(read_in.get(box, ())) > 1]
+    return {box: layer for box, layer in found.items() if box not in shared}
 
 
 def _numbers(path: str) -> list[Layer]:
@@ -175,8 +182,9 @@ def _joins_equal_layers(a: Box, b: Box, layers: dict[Box, Layer], classes: dict[
 def _sections(
     boxes: list[Box], edges: Iterable[tuple[Box, Box]], layers: dict[Box, Layer], classes: dict[Layer, tuple[Layer, ...]]
 ) -> tuple[Section, ...]:
-    """Blocks in the order of the graph, and between them what belongs to none."""
-    blocks = list(dict.fromkeys(classes[layers[b]] for b in boxes if b in layers and b.kind is not Kind.SAVED))
+    """Blocks in the order in which they end, and between them what belongs to none."""
+    ends = {classes[layers[b]]: b.order for b in boxes if b in layers}
+    blocks = sorted(ends, key=ends.__getitem__)
     place = {members: 2 * i + 1 for i, members in enumerate(blocks)}
     read: dict[Box, list[Box]] = {}
     for a, b in edges:

@@ -6,7 +6,7 @@ together, and views are no box at all. Weights are a strip on the matmul that re
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -62,11 +62,15 @@ class BoxGraph:
     edges: frozenset[tuple[Box, Box]]
 
 
-def condense(gm: fx.GraphModule, fallbacks: frozenset[tuple[str, str]] = frozenset()) -> BoxGraph:
-    """The boxes of `gm`. `fallbacks` holds (site name, role) of matmuls that could not follow the policy."""
+def condense(
+    gm: fx.GraphModule, fallbacks: frozenset[tuple[str, str]] = frozenset(), parameters: Mapping[int, str] | None = None
+) -> BoxGraph:
+    """The boxes of `gm`. `fallbacks` holds (site name, role) of matmuls that could not follow the policy, `parameters` the names of
+    parameters by their flat input position.
+    """
     nodes = list(gm.graph.nodes)
     order = {node: i for i, node in enumerate(nodes)}
-    live = _reached_from_inputs(nodes, parameter_names(gm.graph))
+    live = _reached_from_inputs(nodes, parameter_names(gm.graph, parameters))
     group = _without_lone_steps(live, _groups(live))
     members: dict[fx.Node, list[fx.Node]] = {}
     for node in live:
@@ -119,7 +123,7 @@ def _reached_from_inputs(nodes: list[fx.Node], parameters: dict[fx.Node, str]) -
 
 
 def _is_data(node: fx.Node) -> bool:
-    """Whether an input is drawn: vectors and embedding tables are parameters of operators that are not drawn one by one."""
+    """Whether an input is drawn. Vectors and embedding tables are taken for parameters even where nobody said which inputs are."""
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor) or not node.users:
         return False

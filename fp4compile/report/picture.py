@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -27,12 +27,14 @@ def draw(
     title: str = "transformed graph",
     subtitle: Sequence[str] = (),
     fallbacks: frozenset[tuple[str, str]] = frozenset(),
+    parameters: Mapping[int, str] | None = None,
 ) -> Drawing:
     """Matmuls, quantizers, weights, and what lies between them, with precision as colour; repeated blocks once.
 
-    `subtitle` lines stand under the title. `fallbacks` holds (site name, role) of matmuls to mark as fallen back.
+    `subtitle` lines stand under the title. `fallbacks` holds (site name, role) of matmuls to mark as fallen back, `parameters` the names of
+    parameters by flat input position: parameters are no inputs of the picture.
     """
-    panels = panels_of(condense(gm, fallbacks))
+    panels = panels_of(condense(gm, fallbacks, parameters))
     return Drawing(dot=_dot_text(panels, title), svg=svg_text(panels, title=title, subtitle=subtitle))
 
 

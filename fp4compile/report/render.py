@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -41,8 +42,9 @@ def header_lines(graph: GraphRecord, *, stable: bool = False) -> list[str]:
         return [*lines, "no matmul in this graph: nothing to do"]
     cover = coverage_of([graph])
     counts = f"{cover.sites} matmuls: {cover.quantized} quantized, {cover.kept} kept, {cover.fallen_back} fell back"
+    # Rounded down, so that 100% is said of everything and of nothing less.
     known = ((cover.flops_share, "operations"), (cover.weight_share, "weight bytes"))
-    shares = [f"{share:.1%} of {what}" for share, what in known if share is not None]
+    shares = [f"{math.floor(1000 * share) / 10}% of {what}" for share, what in known if share is not None]
     lines.append(counts + (f" ({', '.join(shares)})" if shares else ""))
     lines += [line for line in (_savings(graph), "" if stable else _time(graph)) if line]
     lines += _causes("kept", (row for row in graph.sites if not is_quantized(row) and not row.fallback))
