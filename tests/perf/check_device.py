@@ -82,8 +82,18 @@ def check_quantize(
         text = first_differences(g, w.contiguous())
         if text:
             per_matrix = [n for i, n in enumerate(DISTRIBUTIONS) if first_differences(g[i], w[i])]
-            found.append(f"{name}: {text} (first index: {', '.join(per_matrix)})")
+            found.append(f"{name}: {text} (first index: {', '.join(per_matrix)}){_inputs_of(g, w, x if axis == -1 else x.mT)}")
     return {"failure": " | ".join(found), "elements": x.numel()}
+
+
+def _inputs_of(got: Tensor, want: Tensor, x: Tensor) -> str:
+    """The 32 inputs around the first differing code or scale, before any rotation, and the largest finite input of its matrix."""
+    if got.ndim < 3:
+        return ""
+    matrix, row, column = (got.view(torch.uint8) != want.view(torch.uint8)).nonzero()[0].tolist()
+    start = column * x.shape[2] // got.shape[2] // 32 * 32
+    finite = torch.where(x[matrix].isfinite(), x[matrix].abs(), 0)
+    return f", inputs [{matrix}, {row}, {start}:] {x[matrix, row, start : start + 32].tolist()}, amax {finite.max().item()!r}"
 
 
 def hadamard_checks(device: torch.device, small: bool) -> Iterator[Check]:
