@@ -25,9 +25,9 @@ class TextScore:
     nll: Tensor
     seconds: tuple[float, ...]
 
-    @property
-    def perplexity(self) -> float:
-        return self.nll.mean().exp().item()
+    def perplexity(self, windows: int | None = None) -> float:
+        """Of the first `windows`; of all without."""
+        return self.nll[:windows].mean().exp().item()
 
     @property
     def first_seconds(self) -> float:
@@ -56,14 +56,24 @@ class Generation:
 
 @torch.no_grad()
 def score_text(forward: Forward, windows: Tensor, tick: Tick) -> TextScore:
-    """Loss of `forward` on `windows` (count, length) int64, one window a call. The first one runs twice: to compile, then to count."""
+    """Loss of `forward` on `windows` (count, length) int64, one window a call, after a first call on the first one that only compiles."""
     losses, seconds = [], []
     for window in (windows[0], *windows):
         logits, elapsed = timed(lambda window=window: forward(input_ids=window[None], use_cache=False).logits)
-        losses.append(F.cross_entropy(logits[0, :-1].float(), window[1:], reduction="none").cpu())
+        losses.append(_token_losses(logits, window))
         seconds.append(elapsed)
         tick()
     return TextScore(nll=torch.stack(losses[1:]), seconds=tuple(seconds))
+
+
+@torch.no_grad()
+def eager_perplexity(model: Forward, windows: Tensor, tick: Tick) -> float:
+    """The same of a model that has nothing to compile."""
+    losses = []
+    for window in windows:
+        losses.append(_token_losses(model(input_ids=window[None], use_cache=False).logits, window))
+        tick()
+    return torch.stack(losses).mean().exp().item()
 
 
 @torch.no_grad()
@@ -87,6 +97,11 @@ def loss_increase(score: TextScore, baseline: TextScore) -> tuple[float, float]:
     """Mean of the per-token difference to `baseline` on the same text, and the standard error of that mean over tokens."""
     difference = (score.nll - baseline.nll).flatten()
     return difference.mean().item(), (difference.std() / difference.numel() ** 0.5).item()
+
+
+def _token_losses(logits: Tensor, window: Tensor) -> Tensor:
+    """(length - 1,) float32 on the CPU."""
+    return F.cross_entropy(logits[0, :-1].float(), window[1:], reduction="none").cpu()
 
 
 def timed(call: Callable[[], Tensor]) -> tuple[Tensor, float]:

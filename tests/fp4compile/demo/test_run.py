@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 
 import pytest
@@ -43,7 +44,7 @@ def test_demo_measures_checks_and_writes(tiny_world, tmp_path, capsys):
     assert args.run(args) == 0
     printed = capsys.readouterr().out
     assert "model.layers.{0}" in printed or "model.layers.0.mlp.down_proj" in printed
-    assert re.search(r"Check: nvfp4 compiled .* they agree", printed)
+    assert re.search(r"Check, 2 windows: nvfp4 compiled .* they agree", printed)
     bf16, nvfp4 = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert nvfp4["perplexity"] != bf16["perplexity"]
     # 7 Linears of 16-bit weights become 4.5 bits; one float32 global scale each.
@@ -53,9 +54,9 @@ def test_demo_measures_checks_and_writes(tiny_world, tmp_path, capsys):
 
 
 def test_the_shipped_policy_file_loads():
-    _, path, _ = run.default_policies()
-    kinds = {config.scale_rule for config in load_policy(path).base.values()}
-    assert kinds == {"four_over_six"}
+    plans = run._plans(build_parser().parse_args(["demo", "--tokens", "5"]))
+    assert [(plan.name, plan.tokens) for plan in plans] == [("nvfp4", 5), ("four_over_six", 0), ("nvfp4_a16", 5)]
+    assert {config.scale_rule for config in load_policy(plans[1].policy).base.values()} == {"four_over_six"}
 
 
 def row(name: str, policy: str, loss: float, size: int = 100) -> Row:
@@ -64,8 +65,8 @@ def row(name: str, policy: str, loss: float, size: int = 100) -> Row:
 
 def test_a_disagreement_is_said(capsys):
     rows = [row("bf16", "", 2.0), row("nvfp4", "nvfp4", 2.5)]
-    assert run._verdict(rows, TextScore(nll=torch.full((1, 4), 2.505), seconds=(1.0,)))
-    assert not run._verdict(rows, TextScore(nll=torch.full((1, 4), 2.52), seconds=(1.0,)))
+    assert run._verdict(rows, math.exp(2.505), 1)
+    assert not run._verdict(rows, math.exp(2.52), 1)
     assert "THEY DISAGREE by more than 1%" in capsys.readouterr().out
 
 
