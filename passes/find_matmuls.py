@@ -7,6 +7,7 @@ The backward of a layer carries the forward's `seq_nr`, so fprop, dgrad and wgra
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ import torch
 from torch import fx
 
 from fp4compile.passes.base import NoMatch, Pass, PassContext, PassResult
+from fp4compile.passes.lower_convolutions import why_not_a_matmul
 from fp4compile.passes.match import aten, computed_from_gradients, computed_from_parameters, named_parameter, underlying
 from fp4compile.passes.module_path import module_of
 from fp4compile.passes.site import Operand, OperandKind, Role, Site, fake_of, input_of, is_backward, set_site
@@ -33,7 +35,6 @@ _LEFT_ALONE = {
     "_scaled_dot_product": "attention is computed by one fused operator, which keeps its precision",
     "_flash_attention": "attention is computed by one fused operator, which keeps its precision",
     "_efficient_attention": "attention is computed by one fused operator, which keeps its precision",
-    "convolution": "a convolution is not a matmul of two matrices",
     "mv": "a matrix-vector product is bound by reading the matrix once; Inductor computes it",
     "dot": "a dot product has no matrix",
     "_trilinear": "a bilinear form is not a matmul of two matrices",
@@ -93,6 +94,8 @@ def match(node: fx.Node, facts: _Facts) -> Site | NoMatch:
         return NoMatch(reason="not an operator")
     if node.target in _FACTORS:
         return _matmul_site(node, facts)
+    if node.target is aten.convolution.default and not is_backward(node):
+        return _convolution_site(node, facts)
     name = node.target._schema.name.split("::")[-1]
     refusal = next((why for prefix, why in _LEFT_ALONE.items() if name == prefix or (prefix[0] == "_" and name.startswith(prefix))), "")
     if not refusal or is_backward(node):
@@ -131,6 +134,30 @@ def _matmul_site(node: fx.Node, facts: _Facts) -> Site:
         rhs=rhs,
         traits=traits_of(node, (lhs, rhs)),
         refusal=_refusal(a, b, out, grouped_over_k, op, node),
+    )
+
+
+def _convolution_site(node: fx.Node, facts: _Facts) -> Site:
+    x, w = node.args[0], node.args[1]
+    out, kernel = fake_of(node), fake_of(w)  # type: ignore[arg-type]
+    lhs, rhs = _operand(x, -1, facts), _operand(w, -1, facts)  # type: ignore[arg-type]
+    module, class_name = module_of(node)
+    dtype_refusal = "" if out.dtype in _DTYPES else f"dtype {str(out.dtype).removeprefix('torch.')} is not float32, bfloat16 or float16"
+    return Site(
+        name="",
+        module=_path(module, rhs.parameter),
+        class_name=class_name,
+        role=Role.FPROP if rhs.kind is OperandKind.WEIGHT else Role.MATMUL,
+        op="convolution",
+        m=out.shape[0] * math.prod(out.shape[2:]),
+        n=out.shape[1],
+        k=math.prod(kernel.shape[1:]),
+        dtype=out.dtype,
+        depth=0,
+        layers=0,
+        lhs=lhs,
+        rhs=rhs,
+        refusal=why_not_a_matmul(node) or dtype_refusal,
     )
 
 

@@ -16,6 +16,7 @@ from fp4compile.passes.fold_weights import FoldWeights
 from fp4compile.passes.fuse_prologue import FusePrologue
 from fp4compile.passes.insert_hadamard import InsertHadamard
 from fp4compile.passes.insert_quantize import InsertQuantize
+from fp4compile.passes.lower_convolutions import LowerConvolutions
 from fp4compile.passes.normalize import Normalize
 from fp4compile.passes.record import PassRecord
 from fp4compile.passes.select_kernels import SelectKernels
@@ -29,6 +30,7 @@ ANALYSIS: Final[tuple[Pass, ...]] = (
 )
 PIPELINE: Final[tuple[Pass, ...]] = (
     *ANALYSIS,
+    LowerConvolutions(),  # before rotating: from here on every planned site is a product of two matrices
     InsertHadamard(),  # before quantizing: what is quantized is the rotated value
     InsertQuantize(),
     ShareQuantize(),  # before fusing, so that two readers of one rotation still are one node

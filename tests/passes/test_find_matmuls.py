@@ -113,7 +113,7 @@ def test_dynamic_sizes_stay_symbols() -> None:
         (nn.Linear(8, 8, dtype=torch.float64), (torch.randn(2, 8, dtype=torch.float64),), "dtype float64 is not float32"),
         (lambda a, b: a @ b, (torch.randn(2, 8, dtype=torch.complex64), torch.randn(8, 2, dtype=torch.complex64)), "dtype complex64"),
         (nn.Linear(8, 4), (torch.randn(0, 8),), "a dimension is zero"),
-        (nn.Conv2d(3, 4, 3), (torch.randn(1, 3, 8, 8),), "a convolution is not a matmul"),
+        (nn.Conv2d(3, 4, 3), (torch.randn(1, 3, 8, 8),), "3x3 convolution overlap"),
         (lambda q: F.scaled_dot_product_attention(q, q, q), (torch.randn(1, 2, 8, 16),), "attention is computed by one fused operator"),
     ],
     ids=["float64", "complex", "empty", "convolution", "attention"],
