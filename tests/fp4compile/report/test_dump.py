@@ -21,6 +21,7 @@ from tests.captured_graphs import Mlp, capture_graphs, tiny_llama
 from tests.fp4compile.report.transformed_graphs import transform
 
 STEPS = ["00-captured.py", *(f"{i:02}-{each.name}.py" for i, each in enumerate(PIPELINE, 1))]
+INSERTED = next(name for name in STEPS if name.endswith("-insert-quantize.py"))
 REST = ["graph.dot", "graph.svg", "passes.json", "policy.toml", "report.json", "report.md"]
 
 
@@ -42,7 +43,7 @@ def test_folder_holds_every_step_and_the_rest(tmp_path: Path) -> None:
     folder = dump_mlp(tmp_path)
     assert folder == tmp_path / "graph_0_0_inference"
     assert sorted(f.name for f in folder.iterdir()) == sorted([*STEPS, *REST])
-    assert (folder / "05-insert-quantize.py").read_text().startswith("# after insert-quantize | 4 changed\n")
+    assert (folder / INSERTED).read_text().startswith("# after insert-quantize | 4 changed\n")
     passes = json.loads((folder / "passes.json").read_text())
     assert [p["name"] for p in passes] == [each.name for each in PIPELINE]
     assert all(p["milliseconds"] >= 0 for p in passes)
@@ -53,7 +54,7 @@ def test_every_step_runs_and_means_the_same(tmp_path: Path, training: bool) -> N
     """Up to quantization the numbers are those of the model, bit for bit; after it they are again the same in each step."""
     folder = dump_mlp(tmp_path, training=training)
     outputs = {name: execute(folder / name) for name in STEPS}
-    quantized = STEPS.index("05-insert-quantize.py")
+    quantized = STEPS.index(INSERTED)
     for name in STEPS[1:quantized]:
         torch.testing.assert_close(outputs[name], outputs[STEPS[0]], rtol=0, atol=0)
     for name in STEPS[quantized + 1 :]:
@@ -73,11 +74,11 @@ def test_two_dumps_differ_in_their_times_alone(tmp_path: Path) -> None:
 
 def test_values_keep_their_names_from_step_to_step(tmp_path: Path) -> None:
     folder = dump_mlp(tmp_path)
-    before, after = (set(code_lines(folder / name)) for name in ("05-insert-quantize.py", "06-share-quantize.py"))
+    before, after = (set(code_lines(folder / name)) for name in STEPS[STEPS.index(INSERTED) :][:2])
     assert after <= before, "sharing finds nothing to share here, so that each line must be the same"
     exponentials = [line for line in code_lines(folder / "00-captured.py") if "aten.exp." in line]
     assert len(exponentials) == 2
-    assert all(line in code_lines(folder / "10-cleanup.py") for line in exponentials)
+    assert all(line in code_lines(folder / STEPS[-1]) for line in exponentials)
 
 
 def code_lines(file: Path) -> list[str]:
@@ -104,15 +105,15 @@ def test_report_page_says_what_the_folder_holds(tmp_path: Path) -> None:
 
 def test_another_graph_adds_a_folder_and_the_same_one_is_written_anew(tmp_path: Path) -> None:
     folder = dump_mlp(tmp_path)
-    (folder / "11-old-pass.py").write_text("from a version with more passes")
+    (folder / "99-old-pass.py").write_text("from a version with more passes")
     (folder / "kernels").mkdir()
     (folder / "kernels" / "old.py").write_text("")
     (folder / "notes.txt").write_text("the user's own")
     dump_mlp(tmp_path, training=True)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["graph_0_0_inference", "graph_0_0_training"]
-    assert (folder / "11-old-pass.py").exists(), "another graph leaves this one alone"
+    assert (folder / "99-old-pass.py").exists(), "another graph leaves this one alone"
     dump_mlp(tmp_path)
-    assert not (folder / "11-old-pass.py").exists()
+    assert not (folder / "99-old-pass.py").exists()
     assert not (folder / "kernels" / "old.py").exists()
     assert (folder / "notes.txt").read_text() == "the user's own"
 

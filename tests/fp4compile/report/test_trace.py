@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -64,7 +65,7 @@ def test_a_run_is_told_from_start_to_finish(caplog: pytest.LogCaptureFixture) ->
     transform(captured, instruments=(Trace(),))
     told = [r.getMessage() for r in caplog.records if r.name == "fp4compile.report.trace"]
     assert told[0].startswith("captured\n# graph 0/0, captured\n")
-    assert any(line.startswith("5 insert-quantize: 4 changed in ") for line in told)
+    assert any(re.match(r"\d+ insert-quantize: 4 changed in \d", line) for line in told)
     [transformed] = [line for line in told if line.startswith("transformed\n")]
     assert "torch.ops.fp4.scaled_mm.default(" in transformed
     assert told[-1].startswith("report\ngraph 0/0: inference on cpu, policy nvfp4\n")
