@@ -5,6 +5,7 @@ Two dumps of one program are equal byte for byte but for `passes.json`, which ho
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from torch import fx
 from fp4compile.codegen.errors import Fp4CompileError
 from fp4compile.passes.printer import print_graph
 from fp4compile.passes.record import GraphRecord, PassRecord
-from fp4compile.passes.site import is_backward
+from fp4compile.passes.site import input_of, is_backward
 from fp4compile.passes.value_names import ValueNames
 from fp4compile.report.picture import draw
 from fp4compile.report.render import header_lines
@@ -110,11 +111,18 @@ class Dump:
 
 
 def folder_name(graph_id: str, gm: fx.GraphModule) -> str:
-    """`graph_0_1_training` for the joint graph of compile id 0/1; with `_rank2` in the third process of several."""
+    """`graph_0_1_training` for the joint graph of compile id 0/1; with `_rank2` in the third process of several.
+
+    The branches of a `torch.cond` and the like are handed to the passes before the graph around them, under the same id. They are known by
+    inputs that are none of Dynamo's, and told apart by what they compute: `graph_0_1_inference_branch_3fa9c1`.
+    """
     kind = "training" if any(is_backward(n) for n in gm.graph.nodes) else "inference"
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
     rank = f"_rank{torch.distributed.get_rank()}" if distributed else ""
-    return f"graph_{_safe(graph_id)}_{kind}{rank}"
+    inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    is_branch = bool(inputs) and all(input_of(n) is None for n in inputs)
+    branch = f"_branch_{hashlib.sha256(print_graph(gm).encode()).hexdigest()[:6]}" if is_branch else ""
+    return f"graph_{_safe(graph_id)}_{kind}{branch}{rank}"
 
 
 def _safe(name: str) -> str:

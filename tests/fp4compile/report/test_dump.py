@@ -155,3 +155,17 @@ def test_dump_option_of_the_backend(tmp_path: Path) -> None:
     assert set(STEPS) <= {f.name for f in folder.iterdir()}
     logits = execute(folder / STEPS[-1])
     assert torch.utils._pytree.tree_leaves(logits)[-1].shape == (2, 16, 64)
+
+
+def test_branches_of_a_condition_have_folders_of_their_own(tmp_path: Path) -> None:
+    layer = torch.nn.Linear(32, 32)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(
+            lambda x: torch.cond(x.sum() > 0, lambda v: layer(v), lambda v: v.cos(), (x,)), backend="fp4", options={"dump": str(tmp_path)}
+        )
+        compiled(torch.randn(4, 32))
+    names = sorted(f.name for f in tmp_path.iterdir())
+    assert names[0] == "graph_0_0_inference"
+    assert [re.sub("[0-9a-f]{6}$", "", n) for n in names[1:]] == ["graph_0_0_inference_branch_"] * 2
+    assert "torch.ops.higher_order.cond(" in (tmp_path / names[0] / "00-captured.py").read_text()
