@@ -107,9 +107,17 @@ class QuantConfig:
         if self.hadamard not in HADAMARD_SIZES:
             found.append((f"hadamard = {self.hadamard}", f"One of {HADAMARD_SIZES} is needed.", "Use 16, or 0 for none."))
         if self.format == "mxfp4" and adaptive:
-            found.append((f"scale_rule = {self.scale_rule}", "MXFP4 scales are powers of two.", "Use scale_rule = 'amax', or format = 'nvfp4'."))
+            found.append((
+                f"scale_rule = {self.scale_rule}",
+                "MXFP4 scales are powers of two.",
+                "Use scale_rule = 'amax', or format = 'nvfp4'.",
+            ))
         if self.block not in self.fmt.blocks:
-            found.append((f"block = {self.block}", f"{self.format} has {' or '.join(self.fmt.blocks)}.", "Use one of those, or another format."))
+            found.append((
+                f"block = {self.block}",
+                f"{self.format} has {' or '.join(self.fmt.blocks)}.",
+                "Use one of those, or another format.",
+            ))
         if self.format == "mxfp4" and self.global_scale is not GlobalScale.TENSOR:
             found.append((f"global_scale = {self.global_scale}", "MXFP4 has no global scale.", "Leave global_scale out."))
         if adaptive and self.rounding is Rounding.STOCHASTIC:

@@ -6,17 +6,15 @@ save or move them freely; that a seed is never used twice is the passes' duty.
 
 from __future__ import annotations
 
+import functools
 from typing import Final
 
 import torch
-from torch import SymInt, Tensor
+from torch import Tensor
 from torch.library import Library, register_fake
 
+from fp4compile.codegen.cpu import launch as cpu
 from fp4compile.codegen.formats import FORMATS, GlobalScale, QuantConfig, round_up
-from fp4compile.codegen.reference.block import quantize_ref
-from fp4compile.codegen.reference.grouped import scaled_grouped_mm_ref
-from fp4compile.codegen.reference.hadamard import hadamard_ref
-from fp4compile.codegen.reference.matmul import scaled_mm_ref
 
 _LIB = Library("fp4", "DEF")
 # flexible_layout: every implementation reads strides, so Inductor never has to copy an input into another layout.
@@ -43,6 +41,7 @@ def quantize_args(config: QuantConfig) -> tuple[object, ...]:
     return (c.format, str(c.block), str(c.scale_rule), str(c.global_scale), str(c.rounding), c.hadamard, c.static_amax)
 
 
+@functools.cache
 def config_of(*args: object) -> QuantConfig:
     """The inverse of `quantize_args`."""
     fields = ("format", "block", "scale_rule", "global_scale", "rounding", "hadamard", "static_amax")
@@ -91,33 +90,16 @@ SHAPE_RULES: Final = {
 
 def _quantize_cpu(x, axis, format, block, scale_rule, global_scale, rounding, hadamard, static_amax=None, seed=None):
     config = config_of(format, block, scale_rule, global_scale, rounding, hadamard, static_amax)
-    return tuple(t.contiguous() for t in quantize_ref(x, config, axis=axis, seed=seed))
+    return cpu.quantize(x, config, axis=axis, seed=seed)
 
 
 def _hadamard_cpu(x: Tensor, axis: int, size: int) -> Tensor:
-    moved = x if axis == -1 else x.mT
-    moved = torch.nn.functional.pad(moved, (0, round_up(moved.shape[-1], size) - moved.shape[-1]))
-    rotated = hadamard_ref(moved, size)
-    return rotated if axis == -1 else rotated.mT.contiguous()
-
-
-def _scaled_mm_cpu(
-    a: Tensor,
-    a_scales: Tensor | None,
-    a_global: Tensor | None,
-    b: Tensor,
-    b_scales: Tensor | None,
-    b_global: Tensor | None,
-    bias: Tensor | None,
-    k: int | SymInt,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    return scaled_mm_ref(a, a_scales, a_global, b, b_scales, b_global, bias, int(k), out_dtype)
+    return cpu.hadamard(x, size) if axis == -1 else cpu.hadamard(x.mT, size).mT.contiguous()
 
 
 _LIB.impl("quantize", _quantize_cpu, "CPU")
-_LIB.impl("scaled_mm", _scaled_mm_cpu, "CPU")
-_LIB.impl("scaled_grouped_mm", scaled_grouped_mm_ref, "CPU")
+_LIB.impl("scaled_mm", cpu.scaled_mm, "CPU")
+_LIB.impl("scaled_grouped_mm", cpu.scaled_grouped_mm, "CPU")
 _LIB.impl("hadamard", _hadamard_cpu, "CPU")
 
 

@@ -90,7 +90,7 @@ def quantize(
     if x.ndim < 2:
         raise ShapeTooSmall(found=tuple(x.shape))
     if rounding == "stochastic" and seed is None:
-        raise SeedMissing()
+        raise SeedMissing
     seed_tensor = None if seed is None else torch.tensor(seed, dtype=torch.int64, device=x.device)
     codes, scales, decode = ops.QUANTIZE(x, axis, *ops.quantize_args(config), seed_tensor)
     return QTensor(codes=codes, scales=scales, global_scale=decode, config=config, shape=x.shape, dtype=x.dtype, axis=axis)

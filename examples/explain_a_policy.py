@@ -1,6 +1,6 @@
 """Ask what a policy file would do with a model, before anything is compiled.
 
-    python examples/explain_a_policy.py examples/policy.toml
+python examples/explain_a_policy.py examples/policy.toml
 """
 
 from __future__ import annotations

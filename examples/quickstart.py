@@ -1,6 +1,6 @@
 """Compile a model with the fp4 backend, compare it with bf16, and read what happened.
 
-    python examples/quickstart.py --dump out/
+python examples/quickstart.py --dump out/
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Train a small model in NVFP4 with a plain PyTorch loop: one line differs from bf16.
 
-    python examples/train.py --steps 60
+python examples/train.py --steps 60
 """
 
 from __future__ import annotations

@@ -27,7 +27,9 @@ log = logging.getLogger(__name__)
 _RECORDS: list[GraphRecord] = []
 
 
-def fp4(gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None) -> Callable[..., Any]:
+def fp4(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
     """`torch.compile(model, backend="fp4")` ends here, once for each graph that Dynamo captures."""
     chosen = Options.parse(options, mode)
     target = target_of(capture.device_of(example_inputs), where='torch.compile(backend="fp4")')

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._functorch._aot_autograd.descriptors import PlainAOTInput
+from torch._guards import CompileContext
 
 from fp4compile.passes.module_path import readable_path
 from fp4compile.passes.site import set_input
@@ -29,7 +30,7 @@ def _source_name(node: fx.Node) -> str:
         return ""
     # A method before torch 2.12, a property since.
     name = source.name() if callable(source.name) else source.name
-    return readable_path(name)
+    return readable_path(str(name))
 
 
 def mark_inputs(graph: fx.Graph) -> None:
@@ -41,7 +42,7 @@ def mark_inputs(graph: fx.Graph) -> None:
 
 def compile_id() -> str:
     """`0/1` for the second compilation of the first frame; `-` outside torch.compile."""
-    current = torch._guards.CompileContext.current_compile_id()
+    current = CompileContext.current_compile_id()
     return "-" if current is None else str(current).replace("[", "").replace("]", "")
 
 

@@ -14,7 +14,7 @@ from tabulate import tabulate
 
 from fp4compile.codegen.target import Target, target_of
 
-# (package, version prefix, target prefix, what goes wrong); evidence in docs/compatibility.md.
+# (package, version prefix, target prefix, what goes wrong)
 KNOWN_BAD: Final = (
     ("triton", "3.6", "sm_9", "tl.dot_scaled with e4m3 scales crashes the compiler; our kernels do not use it there"),
     ("triton", "3.7", "sm_9", "tl.dot_scaled with e4m3 scales crashes the compiler; our kernels do not use it there"),
@@ -40,7 +40,14 @@ def diagnose() -> list[dict[str, str]]:
     rows = [_row("python", platform.python_version(), "ok", "")]
     rows += [_version_row(name) for name in ("torch", "triton")]
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    rows.append(_row("c++ compiler", "found" if compiler else "none", "ok" if compiler else "bad", "" if compiler else "Inductor and our CPU kernels need one"))
+    rows.append(
+        _row(
+            "c++ compiler",
+            "found" if compiler else "none",
+            "ok" if compiler else "bad",
+            "" if compiler else "Inductor and our CPU kernels need one",
+        )
+    )
     targets = [target_of(torch.device("cpu"))]
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
@@ -56,14 +63,20 @@ def diagnose() -> list[dict[str, str]]:
 def _target_row(target: Target) -> dict[str, str]:
     if target.device_type == "cpu":
         return _row("cpu", platform.machine(), "ok", "W4A16 and W4A4 run in C++ kernels")
-    how = "native FP4 instructions exist; the kernels of this version emulate them" if target.has_fp4_mma else "W4A16, and W4A4 emulated exactly in bf16"
+    how = (
+        "native FP4 instructions exist; the kernels of this version emulate them"
+        if target.has_fp4_mma
+        else "W4A16, and W4A4 emulated exactly in bf16"
+    )
     return _row("gpu", target.name, "ok", how)
 
 
 def _version_row(package: str) -> dict[str, str]:
     version = _installed(package)
     if not version:
-        return _row(package, "not installed", "note" if package == "triton" else "bad", "needed for GPUs" if package == "triton" else "needed")
+        return _row(
+            package, "not installed", "note" if package == "triton" else "bad", "needed for GPUs" if package == "triton" else "needed"
+        )
     low, high = TESTED[package]
     known = _minor(low) <= _minor(version) <= _minor(high)
     return _row(package, version, "ok" if known else "note", "" if known else f"tested from {low} to {high}; this version is unknown to us")

@@ -12,7 +12,9 @@ from fp4compile.codegen.errors import Fp4CompileError
 
 
 class NoModelThere(Fp4CompileError, ValueError):
-    template = "explain: {file} {found}. Define a function `model()` that returns (module, inputs): the module and a tuple of example inputs."
+    template = (
+        "explain: {file} {found}. Define a function `model()` that returns (module, inputs): the module and a tuple of example inputs."
+    )
 
 
 def add_parser(subparsers: Any) -> None:

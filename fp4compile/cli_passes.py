@@ -14,7 +14,9 @@ _ITEM = re.compile(r"(?P<name>[a-z-]+)(?:\{(?P<options>[^}]*)\})?(?:,|$)")
 
 
 class BadPassList(Fp4CompileError, ValueError):
-    template = "passes: cannot read {found!r} in --run. Write names with commas between them: 'normalize,find-matmuls' or 'name{{option=value}}'."
+    template = (
+        "passes: cannot read {found!r} in --run. Write names with commas between them: 'normalize,find-matmuls' or 'name{{option=value}}'."
+    )
 
 
 class NoProgramThere(Fp4CompileError, ValueError):

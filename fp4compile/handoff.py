@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -28,7 +28,9 @@ class JointPass(CustomGraphPass):
         self.fingerprint = fingerprint
 
     def __call__(self, graph: fx.Graph) -> None:
-        self.transform(graph.owning_module)
+        gm = graph.owning_module
+        assert gm is not None, "Inductor hands over the graph of a module"
+        self.transform(gm)
 
     def uuid(self) -> bytes:
         return self.fingerprint.encode()
@@ -66,7 +68,7 @@ def compile_with_inductor(
     # AOTAutograd's own cache would hand back a graph compiled around constants without the callable that supplies them. Inductor's
     # FX graph cache, where the compile time is, stays on.
     with functorch_config.patch(enable_autograd_cache=False):
-        return compile_fx(gm, list(example_inputs), inner_compile=inner, config_patches=patches)
+        return compile_fx(gm, list(example_inputs), inner_compile=cast(Any, inner), config_patches=patches)  # type: ignore[return-value]
 
 
 def trace_only(gm: fx.GraphModule, example_inputs: Sequence[Any], *, transform: Transform, fingerprint: str) -> Callable[..., Any]:
@@ -77,7 +79,7 @@ def trace_only(gm: fx.GraphModule, example_inputs: Sequence[Any], *, transform: 
 
     patches = {"joint_custom_pre_pass": JointPass(transform, fingerprint)}
     with functorch_config.patch(enable_autograd_cache=False):
-        return compile_fx(gm, list(example_inputs), inner_compile=inner, config_patches=patches)
+        return compile_fx(gm, list(example_inputs), inner_compile=cast(Any, inner), config_patches=patches)  # type: ignore[return-value]
 
 
 def _compile_around_constants(

@@ -62,4 +62,6 @@ def _decoded(name: str, parameter: Tensor) -> Tensor:
         decoded = dequantize_ref(*values)
         decoded = decoded[..., : parameter.shape[axis]]
         return decoded if axis == -1 else decoded.mT
-    raise CannotRestore(name=name, found="was changed before it was quantized, so its codes do not hold it", advice="Pass source=<state dict>.")
+    raise CannotRestore(
+        name=name, found="was changed before it was quantized, so its codes do not hold it", advice="Pass source=<state dict>."
+    )

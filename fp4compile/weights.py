@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from fp4compile.codegen.errors import Fp4CompileError
 
 State = tuple[tuple[int, int], ...]
+Key = tuple[str, tuple[int, ...]]  # recipe, identities of the parameters
 
 
 class WeightFreed(Fp4CompileError, RuntimeError):
@@ -38,7 +39,7 @@ class _Entry:
 class WeightStore:
     """Maps (parameters, recipe) to quantized tensors."""
 
-    entries: dict[tuple[str, tuple[int, ...]], _Entry] = field(default_factory=dict)
+    entries: dict[Key, _Entry] = field(default_factory=dict)
     quantizations: int = 0  # how often a weight was quantized, for tests and reports
     freed: dict[int, weakref.ref[Tensor]] = field(default_factory=dict)
 
@@ -46,12 +47,14 @@ class WeightStore:
         """The value of `compute(*parameters)`, from the store when it is current."""
         key = (recipe, tuple(map(id, parameters)))
         entry = self.entries.get(key)
-        if entry is not None and all(ref() is p for ref, p in zip(entry.parameters, parameters, strict=True)):
-            if entry.state == _state(parameters):
-                return entry.values
+        same = entry is not None and all(ref() is p for ref, p in zip(entry.parameters, parameters, strict=True))
+        if entry is not None and same and entry.state == _state(parameters):
+            return entry.values
         return self._renew(key, parameters, compute, entry)
 
-    def _renew(self, key: tuple[str, tuple[int, ...]], parameters: Sequence[Tensor], compute: fx.GraphModule, old: _Entry | None) -> tuple[Tensor, ...]:
+    def _renew(
+        self, key: tuple[str, tuple[int, ...]], parameters: Sequence[Tensor], compute: fx.GraphModule, old: _Entry | None
+    ) -> tuple[Tensor, ...]:
         if self.freed and any(map(self.is_freed, parameters)):
             raise WeightFreed(shape=tuple(parameters[0].shape))
         with torch.no_grad():
@@ -67,7 +70,7 @@ class WeightStore:
         self.entries[key] = _Entry(parameters=references, values=values, state=_state(parameters), compute=compute)
         return values
 
-    def _drop(self, key: tuple[str, tuple[int, ...]]) -> None:
+    def _drop(self, key: Key) -> None:
         self.entries.pop(key, None)
 
     def free(self, parameter: Tensor) -> int:

@@ -1,6 +1,6 @@
 """Ask the policy about each site and hold its answer against what the site and the kernels can do.
 
-    mm with a Site  ->  the same, with a Plan: one quantization config an operand, the rule and the reason
+mm with a Site  ->  the same, with a Plan: one quantization config an operand, the rule and the reason
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fp4compile.codegen.target import Target
 from fp4compile.passes.base import Pass, PassContext, PassResult
 from fp4compile.passes.errors import SiteFellBack
 from fp4compile.passes.record import SiteDecision
-from fp4compile.passes.site import Decision, Operand, Plan, Site, Size, fake_of, set_plan, site_of
+from fp4compile.passes.site import Decision, Operand, Plan, Role, Site, Size, fake_of, set_plan, site_of
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ def plan_for(site: Site, decision: Decision, target: Target) -> tuple[Plan, bool
     if not decision.configs:
         return (untouched if not site.refusal else Plan(lhs=None, rhs=None, rule="", reason=site.refusal)), False
     if site.refusal or site.lhs is None or site.rhs is None:
-        return Plan(lhs=None, rhs=None, rule=decision.rule, reason=site.refusal), site.k != 0
+        wanted = site.role is not Role.MATMUL or site.lhs is not None  # attention's fused operator is no broken promise
+        return Plan(lhs=None, rhs=None, rule=decision.rule, reason=site.refusal), wanted and not site.is_empty
     plan = Plan(lhs=_config(decision, site.lhs), rhs=_config(decision, site.rhs), rule=decision.rule, reason=decision.reason)
     if not plan.quantizes:
         return untouched, False

@@ -1,6 +1,6 @@
 """Drop what nothing reads any more.
 
-    permute(W); fp4.scaled_mm(...)  ->  fp4.scaled_mm(...)
+permute(W); fp4.scaled_mm(...)  ->  fp4.scaled_mm(...)
 """
 
 from __future__ import annotations

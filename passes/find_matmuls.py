@@ -17,10 +17,11 @@ import torch
 from torch import fx
 
 from fp4compile.passes.base import NoMatch, Pass, PassContext, PassResult
+from fp4compile.passes.left_alone import bare_site, left_alone
 from fp4compile.passes.lower_convolutions import why_not_a_matmul
 from fp4compile.passes.match import aten, computed_from_gradients, computed_from_parameters, named_parameter, underlying
 from fp4compile.passes.module_path import module_of
-from fp4compile.passes.site import Operand, OperandKind, Role, Site, fake_of, input_of, is_backward, set_site
+from fp4compile.passes.site import EMPTY, Operand, OperandKind, Role, Site, fake_of, input_of, is_backward, set_site
 from fp4compile.passes.traits import traits_of
 
 # Position of the two factors among the arguments.
@@ -29,23 +30,6 @@ _FACTORS = {
     aten.addmm.default: (1, 2),
     aten.bmm.default: (0, 1),
     aten._grouped_mm.default: (0, 1),
-}
-# Products that are counted and named in the report, but never rewritten.
-_LEFT_ALONE = {
-    "_scaled_dot_product": "attention is computed by one fused operator, which keeps its precision",
-    "_flash_attention": "attention is computed by one fused operator, which keeps its precision",
-    "_efficient_attention": "attention is computed by one fused operator, which keeps its precision",
-    "mv": "a matrix-vector product is bound by reading the matrix once; Inductor computes it",
-    "dot": "a dot product has no matrix",
-    "_trilinear": "a bilinear form is not a matmul of two matrices",
-    "_scaled_mm": "the model already quantized this matmul itself",
-    "_int_mm": "an integer matmul keeps its dtype",
-    "mm": "this overload of mm (with its own output dtype) is left alone",
-    "bmm": "this overload of bmm (with its own output dtype) is left alone",
-    "addmm": "this overload of addmm (with its own output dtype) is left alone",
-    "_grouped_mm": "this overload of _grouped_mm is left alone",
-    "grouped_mm_fallback": "the model computes its experts in a loop of its own because their dtype is not bfloat16",
-    "_cdist_forward": "a distance is not a matmul",
 }
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -79,7 +63,7 @@ class _Facts:
 
     @classmethod
     def of(cls, graph: fx.Graph, parameters: Mapping[int, str]) -> _Facts:
-        weights = computed_from_parameters(graph, parameters)
+        weights = computed_from_parameters(graph, parameters, also_written=True)
         forward = {
             node.meta["seq_nr"]: node
             for node in graph.nodes
@@ -90,21 +74,18 @@ class _Facts:
 
 def match(node: fx.Node, facts: _Facts) -> Site | NoMatch:
     """Describe `node` as a site, or say why it is none."""
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+    if node.op != "call_function":
         return NoMatch(reason="not an operator")
     if node.target in _FACTORS:
         return _matmul_site(node, facts)
     if node.target is aten.convolution.default and not is_backward(node):
         return _convolution_site(node, facts)
-    name = node.target._schema.name.split("::")[-1]
-    refusal = next((why for prefix, why in _LEFT_ALONE.items() if name == prefix or (prefix[0] == "_" and name.startswith(prefix))), "")
-    if not refusal or is_backward(node):
-        return NoMatch(reason=f"{name} is not a matmul")
-    return _bare_site(node, name, refusal)
+    found = None if is_backward(node) else left_alone(node, facts.weights)
+    return NoMatch(reason=f"{node.target} is not a matmul") if found is None else bare_site(node, found)
 
 
 def _factors(node: fx.Node) -> tuple[fx.Node, fx.Node]:
-    first, second = _FACTORS[node.target]
+    first, second = _FACTORS[node.target]  # type: ignore[index]
     return node.args[first], node.args[second]  # type: ignore[return-value]
 
 
@@ -166,7 +147,7 @@ def _refusal(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, grouped_over_k
         if dtype not in _DTYPES:
             return f"dtype {str(dtype).removeprefix('torch.')} is not float32, bfloat16 or float16"
     if any(isinstance(s, int) and s == 0 for s in (*a.shape, *b.shape)):
-        return "a dimension is zero"
+        return EMPTY
     if a.device != b.device:
         return f"operands lie on two devices, {a.device} and {b.device}"
     if grouped_over_k:
@@ -200,21 +181,14 @@ def _role(node: fx.Node, lhs: Operand, rhs: Operand, facts: _Facts) -> Role:
 
 
 def _path(module: str, parameter: str) -> str:
-    """The module path; with the parameter's own name where that is not `weight`, as in `mlp.experts.gate_up_proj`."""
-    leaf = parameter.rsplit(".", 1)[-1]
-    if not parameter or leaf == "weight":
-        return module or parameter.removesuffix(".weight")
-    return parameter
+    """The module path; that of the weight's owner where it lies inside, as when a mixer multiplies by its projection's weight itself.
 
-
-def _bare_site(node: fx.Node, op: str, refusal: str) -> Site:
-    module, class_name = module_of(node)
-    value = fake_of(node)
-    out = value[0] if isinstance(value, tuple) else value
-    return Site(
-        name="", module=module, class_name=class_name, role=Role.MATMUL, op=op, m=out.shape[-2] if out.ndim > 1 else 1, n=out.shape[-1] if out.ndim else 1,
-        k=0, dtype=out.dtype, depth=0, layers=0, refusal=refusal,
-    )  # fmt: skip
+    With the parameter's own name where that is not `weight`, as in `mlp.experts.gate_up_proj`.
+    """
+    owner, _, leaf = parameter.rpartition(".")
+    if parameter and leaf != "weight":
+        return parameter
+    return owner if owner.startswith(f"{module}.") else module or parameter.removesuffix(".weight")
 
 
 def _with_depth(sites: Mapping[fx.Node, Site]) -> dict[fx.Node, Site]:

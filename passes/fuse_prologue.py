@@ -1,6 +1,6 @@
 """Let the quantizer rotate while it reads.
 
-    fp4.quantize(fp4.hadamard(x, 16))  ->  fp4.quantize(x, hadamard=16)
+fp4.quantize(fp4.hadamard(x, 16))  ->  fp4.quantize(x, hadamard=16)
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _fuse(rotation: fx.Node) -> int:
         return 0
     for reader in readers:
         _, _, *fields, seed = reader.args
-        config = replace(ops.config_of(*fields), hadamard=size)
+        config = replace(ops.config_of(*fields), hadamard=size)  # type: ignore[arg-type]
         reader.args = (source, axis, *ops.quantize_args(config), seed)  # type: ignore[assignment]
     rotation.graph.erase_node(rotation)
     return len(readers)

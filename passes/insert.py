@@ -42,7 +42,9 @@ def size_node(graph: fx.Graph, source: fx.Node, axis: int, *, like: fx.Node) -> 
     """The length of `source` along `axis`: an int where it is static, otherwise a node."""
     length = fake_of(source).shape[axis]
     if isinstance(length, torch.SymInt):
-        return call(graph, torch.ops.aten.sym_size.int, (source, axis % fake_of(source).ndim), like=like, tag=source.meta.get("partitioner_tag"))
+        return call(
+            graph, torch.ops.aten.sym_size.int, (source, axis % fake_of(source).ndim), like=like, tag=source.meta.get("partitioner_tag")
+        )
     return length
 
 

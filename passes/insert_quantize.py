@@ -95,11 +95,12 @@ def _configs(node: fx.Node) -> tuple[QuantConfig | None, QuantConfig | None]:
 def _rewrite(node: fx.Node, places: _Places) -> None:
     site, plan = site_of(node), plan_of(node)
     assert site is not None and plan is not None and site.lhs is not None and site.rhs is not None
-    site = replace(site, lhs=places.current(site.lhs), rhs=places.current(site.rhs))
-    left = _quantized(node, site.lhs, plan.lhs, places)
-    right = _quantized(node, site.rhs, plan.rhs, places)
+    lhs, rhs = places.current(site.lhs), places.current(site.rhs)
+    site = replace(site, lhs=lhs, rhs=rhs)
+    left = _quantized(node, lhs, plan.lhs, places)
+    right = _quantized(node, rhs, plan.rhs, places)
     with node.graph.inserting_before(node):
-        new = _scaled_product(node, site, left or _high(node, site.lhs), right or _high(node, site.rhs))
+        new = _scaled_product(node, site, left or _high(node, lhs), right or _high(node, rhs))
     set_site(new, site)
     set_plan(new, plan)
     places.replaced[node] = new
@@ -107,7 +108,7 @@ def _rewrite(node: fx.Node, places: _Places) -> None:
     node.graph.erase_node(node)
 
 
-def _scaled_product(node: fx.Node, site: Site, left: tuple[Any, Any, Any], right: tuple[Any, Any, Any]) -> fx.Node:
+def _scaled_product(node: fx.Node, site: Site, left: tuple[Any, ...], right: tuple[Any, ...]) -> fx.Node:
     assert site.lhs is not None
     k = size_node(node.graph, site.lhs.source, site.lhs.axis, like=node)
     if node.target is aten._grouped_mm.default:
@@ -140,4 +141,3 @@ def _high(node: fx.Node, operand: Operand) -> tuple[fx.Node, None, None]:
     rank = fake_of(operand.source).ndim
     order = [*range(rank - 2), rank - 1, rank - 2]
     return call(node.graph, aten.permute.default, (operand.source, order), like=node), None, None
-

@@ -152,4 +152,3 @@ def hint_of(value: Any) -> int | None:
         hint = value.node.hint if value.node.has_hint() else None
         return None if hint is None else int(hint)
     return int(value)
-

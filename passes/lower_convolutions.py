@@ -30,7 +30,9 @@ class LowerConvolutions(Pass):
     name: ClassVar[str] = "lower-convolutions"
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
-        planned = [n for n in gm.graph.nodes if n.target is aten.convolution.default and (plan := plan_of(n)) is not None and plan.quantizes]
+        planned = [
+            n for n in gm.graph.nodes if n.target is aten.convolution.default and (plan := plan_of(n)) is not None and plan.quantizes
+        ]
         for node in planned:
             _lower(node)
         return PassResult(changed=len(planned))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 
 import torch
@@ -30,7 +31,10 @@ _STILL_THE_WEIGHT = _SAME_VALUES | {
     aten.slice.Tensor,
     aten.select.int,
     aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.unbind.int,
     aten.cat.default,
+    operator.getitem,
 }
 
 
@@ -79,21 +83,25 @@ def named_parameter(node: fx.Node) -> fx.Node | None:
     return node if node.op == "placeholder" else None
 
 
-def computed_from_parameters(graph: fx.Graph, parameters: Iterable[int]) -> set[fx.Node]:
-    """Nodes whose value depends on parameters alone, so that it changes only when a parameter does.
+def computed_from_parameters(graph: fx.Graph, parameters: Iterable[int], *, also_written: bool = False) -> set[fx.Node]:
+    """Nodes whose value depends on parameters alone, so that it changes only when a parameter does. Nothing random counts.
 
-    A parameter that the graph itself writes to does not count, nor does anything random.
+    Nor does a parameter that the graph itself writes to, unless `also_written`: it is a weight, but its value is none to keep.
     """
     known = set(parameters)
     found: set[fx.Node] = set()
-    written = {node.args[0] for node in graph.nodes if node.target is aten.copy_.default}
+    written = set() if also_written else {node.args[0] for node in graph.nodes if node.target is aten.copy_.default}
     for node in graph.nodes:
         if node.op == "placeholder":
             if input_of(node) in known and node not in written:
                 found.add(node)
-        elif node.op == "call_function" and node.all_input_nodes and all(n in found for n in node.all_input_nodes):
-            if not _is_random_or_impure(node):
-                found.add(node)
+        elif (
+            node.op == "call_function"
+            and node.all_input_nodes
+            and found.issuperset(node.all_input_nodes)
+            and not _is_random_or_impure(node)
+        ):
+            found.add(node)
     return found
 
 

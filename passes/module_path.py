@@ -8,7 +8,11 @@ from torch import fx
 
 # L['self']._modules['layers']._modules['0'].up  ->  root L['self'], then layers.0.up
 _ROOT = re.compile(r"^[LG]\['(?P<name>[^']*)'\]")
-_ITEM = re.compile(r"\._(?:modules|parameters|buffers)\['([^']*)'\]|\['([^']*)'\]|\[(\d+)\]")
+# A class with a __getattr__ of its own is read through its __dict__.
+_MEMBERS = r"\._(?:modules|parameters|buffers)|\.__dict__\['_(?:modules|parameters|buffers)'\]"
+_ITEM = re.compile(rf"(?:{_MEMBERS})\['([^']*)'\]|\['([^']*)'\]|\[(\d+)\]")
+# Names that are no identifiers, under torch.func.functional_call: getattr(getattr(L['self'], '0').up, '1').
+_GETATTR = re.compile(r"getattr\((.*), '([^']*)'\)")
 
 
 def module_of(node: fx.Node) -> tuple[str, str]:
@@ -22,6 +26,8 @@ def module_of(node: fx.Node) -> tuple[str, str]:
 
 def readable_path(source: str) -> str:
     """`L['self']._modules['layers']._modules['0']._parameters['weight']` as `layers.0.weight`."""
+    while "getattr(" in source and (plain := _GETATTR.sub(r"\1.\2", source)) != source:
+        source = plain
     without_root = _ROOT.sub("", source)
     dotted = _ITEM.sub(lambda m: "." + next(g for g in m.groups() if g is not None), without_root)
     return dotted.strip(".")

@@ -1,11 +1,12 @@
 """Bring the graph into the form that later passes match.
 
-    addmm(c, a, b, beta=2, alpha=3)  ->  3 * mm(a, b) + 2 * c          (a plain addmm with a vector bias stays)
-    view(x, s), view(x, s)           ->  view(x, s)                    (views, permutes and casts of one value are one node)
+addmm(c, a, b, beta=2, alpha=3)  ->  3 * mm(a, b) + 2 * c          (a plain addmm with a vector bias stays)
+view(x, s), view(x, s)           ->  view(x, s)                    (views, permutes and casts of one value are one node)
 """
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -66,7 +67,7 @@ def _split_sum(node: fx.Node) -> int:
     return 1
 
 
-def merge_equal(graph: fx.Graph, targets: set[object]) -> int:
+def merge_equal(graph: fx.Graph, targets: Container[object]) -> int:
     """Replace each later node that applies the same function of `targets` to the same arguments by the first one."""
     first: dict[object, fx.Node] = {}
     merged = 0

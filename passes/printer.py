@@ -114,9 +114,7 @@ class _Printer:
         named = argument_names(target) if str(target).startswith("fp4.") else []
         # A row of bare strings and numbers says nothing. The fp4 schemas start with tensors, which read well without names.
         first_plain = next((i for i, a in enumerate(node.args) if not isinstance(a, fx.Node)), len(node.args))
-        arguments = [
-            f"{named[i]}={self._literal(a)}" if named and i >= first_plain else self._literal(a) for i, a in enumerate(node.args)
-        ]
+        arguments = [f"{named[i]}={self._literal(a)}" if named and i >= first_plain else self._literal(a) for i, a in enumerate(node.args)]
         return function_text(target), arguments + keywords
 
     def _keywords(self, kwargs: Mapping[str, Any]) -> list[str]:

@@ -1,6 +1,6 @@
 """Name the kernel that will run each product.
 
-    fp4.scaled_mm(...)  ->  the same, with the name of its kernel family
+fp4.scaled_mm(...)  ->  the same, with the name of its kernel family
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import fx
@@ -12,6 +12,7 @@ from torch import fx
 from fp4compile.codegen.formats import QuantConfig
 
 Size = int | torch.SymInt
+EMPTY: Final = "a dimension is zero"
 
 _SITE, _PLAN, _INPUT, _CONSTANT, _KERNEL = "fp4_site", "fp4_plan", "fp4_input", "fp4_constant", "fp4_kernel"
 
@@ -61,6 +62,11 @@ class Site:
     rhs: Operand | None = None
     traits: frozenset[str] = frozenset()  # graph facts: "tied", "router", "attention"
     refusal: str = ""  # why no policy can quantize this site; empty where one may
+
+    @property
+    def is_empty(self) -> bool:
+        """Nothing to compute, as in a batch of no rows."""
+        return self.refusal == EMPTY
 
     @property
     def flops(self) -> Size:

@@ -1,8 +1,8 @@
 """Facts about a matmul that only the graph knows, so that defaults need no list of names.
 
-    tied       its weight is also an embedding table
-    router     its result decides where tokens go (it reaches a top-k selection)
-    attention  it multiplies two activations around a softmax
+tied       its weight is also an embedding table
+router     its result decides where tokens go (it reaches a top-k selection)
+attention  it multiplies two activations around a softmax
 """
 
 from __future__ import annotations

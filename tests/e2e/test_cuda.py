@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
-from tests.fp4compile.eager_recipe import Recipe, with_recipe
 from torch import nn
 
 import fp4compile
 from fp4compile.codegen.formats import QuantConfig
 from fp4compile.weights import STORE
+from tests.fp4compile.eager_recipe import Recipe, with_recipe
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 BF16 = torch.bfloat16
@@ -120,7 +120,14 @@ def test_free_weights_on_the_gpu() -> None:
 @torch.no_grad()
 def test_llama_and_grouped_experts() -> None:
     transformers = pytest.importorskip("transformers")
-    sizes = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128}
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 176,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 128,
+    }
     ids = torch.randint(0, 128, (2, 24), device="cuda")
     for kind, extra in (("Llama", {}), ("Mixtral", {"num_local_experts": 4})):
         config = getattr(transformers, f"{kind}Config")(**sizes, **extra)

@@ -10,20 +10,24 @@ from torch import Tensor, nn
 from fp4compile.codegen.formats import QuantConfig
 from fp4compile.codegen.reference.block import dequantize_ref, quantize_ref
 
+PLAIN = QuantConfig()
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Configs of the three matmuls of a layer; None keeps an operand, and with both kept the matmul, in high precision."""
 
-    fprop_x: QuantConfig | None = QuantConfig()
-    fprop_w: QuantConfig | None = QuantConfig()
+    fprop_x: QuantConfig | None = PLAIN
+    fprop_w: QuantConfig | None = PLAIN
     dgrad_dy: QuantConfig | None = None
     dgrad_w: QuantConfig | None = None
     wgrad_x: QuantConfig | None = None
     wgrad_dy: QuantConfig | None = None
 
 
-def product(a: Tensor, b: Tensor, a_config: QuantConfig | None, b_config: QuantConfig | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def product(
+    a: Tensor, b: Tensor, a_config: QuantConfig | None, b_config: QuantConfig | None, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """(M, N) of A (M, K) and B (N, K): exact operands, float32 sums, one rounding; in high precision torch's own matmul."""
     if a_config is None and b_config is None:
         out = a @ b.T

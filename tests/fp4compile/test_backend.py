@@ -10,13 +10,14 @@ import textwrap
 
 import pytest
 import torch
-from tests.fp4compile.eager_recipe import Recipe, with_recipe
 from torch import nn
 
 import fp4compile
 from fp4compile.options import Options
+from tests.fp4compile.eager_recipe import Recipe, with_recipe
 
 BF16 = torch.bfloat16
+W4A4 = Recipe()
 
 
 @pytest.fixture(autouse=True)
@@ -28,13 +29,17 @@ def mlp(dtype: torch.dtype = torch.float32) -> nn.Module:
     return nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 32)).to(dtype)
 
 
-def check(run, model: nn.Module, x: torch.Tensor, recipe: Recipe = Recipe()) -> None:
+def check(run, model: nn.Module, x: torch.Tensor, recipe: Recipe = W4A4) -> None:
     want = with_recipe(copy.deepcopy(model), recipe)(x)
     assert float((run(x) - want).norm() / want.norm()) < 1e-3
 
 
 def test_registered_by_entry_point_without_an_import() -> None:
-    code = "import torch; assert 'fp4' in torch.compiler.list_backends(); m = torch.nn.Linear(16, 16); print(torch.compile(m, backend='fp4')(torch.ones(2, 16)).shape)"
+    code = """
+import torch
+assert "fp4" in torch.compiler.list_backends()
+print(torch.compile(torch.nn.Linear(16, 16), backend="fp4")(torch.ones(2, 16)).shape)
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "torch.Size([2, 16])" in done.stdout
 
@@ -162,7 +167,7 @@ def test_unsupported_dtype_is_a_row_or_under_strict_an_error() -> None:
     torch.testing.assert_close(run(x), model(x))
     assert {row.precision for row in fp4compile.last_report().sites if row.fallback} == {"float64"}
     torch._dynamo.reset()
-    with pytest.raises(Exception, match="SiteFellBack: strict: 0 .* dtype float64"):
+    with pytest.raises(Exception, match=r"SiteFellBack: strict: 0 .* dtype float64"):
         torch.compile(model, backend="fp4", options={"policy": "nvfp4", "strict": True})(x)
 
 

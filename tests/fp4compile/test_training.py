@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
-from tests.fp4compile.eager_recipe import Recipe, with_recipe
 from torch import nn
 
 import fp4compile
 from fp4compile.codegen.formats import QuantConfig
 from fp4compile.weights import STORE
+from tests.fp4compile.eager_recipe import Recipe, with_recipe
 
 ONE_D, TILE = QuantConfig(), QuantConfig(block="16x16")
 ROTATED = QuantConfig(hadamard=16)
@@ -61,7 +61,11 @@ def test_gradients_equal_the_eager_recipe(dynamic: bool) -> None:
 
 def test_every_matmul_of_the_step_follows_its_role() -> None:
     model = mlp(torch.bfloat16)
-    gradients(model, torch.compile(model, backend="fp4", options={"policy": "nvfp4_train", "strict": True}), torch.randn(3, 7, 40, dtype=torch.bfloat16))
+    gradients(
+        model,
+        torch.compile(model, backend="fp4", options={"policy": "nvfp4_train", "strict": True}),
+        torch.randn(3, 7, 40, dtype=torch.bfloat16),
+    )
     rows = {(row.name, row.role): row for row in fp4compile.last_report().sites}
     for name in ("0", "2"):
         assert all(rows[name, role].precision == "nvfp4 W4A4" for role in ("fprop", "dgrad", "wgrad"))
@@ -89,7 +93,14 @@ def test_without_a_training_section_the_backward_is_straight_through() -> None:
     assert backward and all(row.precision == "float32" and row.reason for row in backward)
 
 
-SR = {**NEAREST, "training": {"fprop": "high", "dgrad": {"gradient": {"rounding": "stochastic"}}, "wgrad": {"hadamard": 16, "gradient": {"rounding": "stochastic"}}}}
+SR = {
+    **NEAREST,
+    "training": {
+        "fprop": "high",
+        "dgrad": {"gradient": {"rounding": "stochastic"}},
+        "wgrad": {"hadamard": 16, "gradient": {"rounding": "stochastic"}},
+    },
+}
 
 
 def test_same_seed_same_gradients_and_new_draws_every_step() -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import fp4compile
-from fp4compile.codegen.reference.block import dequantize_ref, quantize_ref
 from fp4compile.codegen.formats import QuantConfig
+from fp4compile.codegen.reference.block import dequantize_ref, quantize_ref
 from fp4compile.weights import STORE
 
 BF16 = torch.bfloat16
@@ -148,7 +148,7 @@ def test_restore_from_a_state_dict_is_exact(tmp_path) -> None:
     torch.save(original, tmp_path / "weights.pt")
     run = compiled(model, free_weights=True)
     run(x)
-    with pytest.raises(fp4compile.Fp4CompileError, match="up.weight is not in the given state dict"):
+    with pytest.raises(fp4compile.Fp4CompileError, match=r"up\.weight is not in the given state dict"):
         fp4compile.restore(model, {})
     assert fp4compile.restore(model, tmp_path / "weights.pt") == 2
     assert torch.equal(model.up.weight, original["up.weight"])

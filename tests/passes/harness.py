@@ -25,9 +25,15 @@ W4A4 = {OperandKind.WEIGHT: PLAIN, OperandKind.ACTIVATION: PLAIN}
 W4A16 = {OperandKind.WEIGHT: PLAIN}
 
 
-def decide_forward(configs: dict[OperandKind, QuantConfig]) -> Callable[[list[Site]], list[Decision]]:
+Decide = Callable[[list[Site]], list[Decision]]
+
+
+def decide_forward(configs: dict[OperandKind, QuantConfig]) -> Decide:
     """`configs` for every fprop, nothing elsewhere."""
     return lambda sites: [Decision(configs=configs if s.role is Role.FPROP else {}, rule="test rule", reason="test") for s in sites]
+
+
+DECIDE_W4A4 = decide_forward(W4A4)
 
 
 def decide_training(sites: list[Site]) -> list[Decision]:
@@ -74,7 +80,7 @@ def apply(
     *args: Any,
     setup: Sequence[Pass] = (),
     passes: Sequence[Pass],
-    decide: Callable[[list[Site]], list[Decision]] = decide_forward(W4A4),
+    decide: Decide = DECIDE_W4A4,
     training: bool = False,
     dynamic: bool | None = None,
     strict: bool = False,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.passes.harness import W4A4, W4A16, TwoLayers, apply, decide_forward
 from torch import nn
 
 from fp4compile.passes.assign_precision import AssignPrecision
@@ -12,6 +11,7 @@ from fp4compile.passes.errors import SiteFellBack
 from fp4compile.passes.find_matmuls import FindMatmuls
 from fp4compile.passes.normalize import Normalize
 from fp4compile.passes.site import Decision
+from tests.passes.harness import W4A4, W4A16, TwoLayers, apply, decide_forward
 
 SETUP = [Normalize(), FindMatmuls()]
 X = torch.randn(6, 32, dtype=torch.bfloat16)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.passes.harness import SharedInput, TwoLayers, apply
 from torch import nn
 
 from fp4compile.passes.find_matmuls import FindMatmuls
 from fp4compile.passes.normalize import Normalize
+from tests.passes.harness import SharedInput, TwoLayers, apply
 
 FIND = [FindMatmuls()]
 

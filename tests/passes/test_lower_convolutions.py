@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.passes.harness import apply, check_golden
 from torch import nn
 
 from fp4compile.codegen import ops
@@ -16,6 +15,7 @@ from fp4compile.passes.insert_quantize import InsertQuantize
 from fp4compile.passes.lower_convolutions import LowerConvolutions
 from fp4compile.passes.normalize import Normalize
 from fp4compile.passes.pipeline import PIPELINE
+from tests.passes.harness import apply, check_golden
 
 SETUP = [Normalize(), FindMatmuls(), AssignPrecision()]
 

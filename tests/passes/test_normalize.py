@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from tests.passes.harness import SharedInput, TwoLayers, apply, check_golden
 
 from fp4compile.passes.normalize import Normalize
+from tests.passes.harness import SharedInput, TwoLayers, apply, check_golden
 
 aten = torch.ops.aten
 
