@@ -7,6 +7,7 @@ attention  it multiplies two activations around a softmax
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from fp4compile.passes.match import aten, root_parameters
@@ -50,7 +51,7 @@ def _keeps_scores(node: fx.Node, width: object) -> bool:
     if node.target in _SELECTIONS:
         return True
     value = node.meta.get("val")
-    return getattr(value, "ndim", 0) > 0 and value.shape[-1] == width and "mm" not in str(node.target)
+    return isinstance(value, torch.Tensor) and value.ndim > 0 and value.shape[-1] == width and "mm" not in str(node.target)
 
 
 def _touches_softmax(node: fx.Node) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Any
 
 import networkx as nx
 import torch
@@ -215,9 +216,9 @@ def _box(leader: fx.Node, members: list[fx.Node], order: dict[fx.Node, int], fal
 
 
 def _quantize_box(node: fx.Node, place: int) -> Box:
-    source, axis, *fields, _ = node.args
-    assert isinstance(source, fx.Node)
-    config = ops.config_of(*fields)
+    arguments: tuple[Any, ...] = node.args
+    source, axis, *fields, _ = arguments
+    config = ops.config_of(*fields)  # type: ignore[arg-type]
     along = "" if axis == -1 else ", along columns"
     return Box(
         kind=Kind.QUANTIZE,
