@@ -102,47 +102,62 @@ class QuantConfig:
             raise IllegalCombination(where=f"quantize to {self.format}", found=found, needed=needed, advice=advice)
 
     def _conflicts(self) -> list[tuple[str, str, str]]:
-        found: list[tuple[str, str, str]] = []
-        adaptive = self.scale_rule is not ScaleRule.AMAX
-        if self.hadamard not in HADAMARD_SIZES:
-            found.append((f"hadamard = {self.hadamard}", f"One of {HADAMARD_SIZES} is needed.", "Use 16, or 0 for none."))
-        if self.format == "mxfp4" and adaptive:
-            found.append((
-                f"scale_rule = {self.scale_rule}",
-                "MXFP4 scales are powers of two.",
-                "Use scale_rule = 'amax', or format = 'nvfp4'.",
-            ))
-        if self.block not in self.fmt.blocks:
-            found.append((
-                f"block = {self.block}",
-                f"{self.format} has {' or '.join(self.fmt.blocks)}.",
-                "Use one of those, or another format.",
-            ))
-        if self.format == "mxfp4" and self.global_scale is not GlobalScale.TENSOR:
-            found.append((f"global_scale = {self.global_scale}", "MXFP4 has no global scale.", "Leave global_scale out."))
-        if adaptive and self.rounding is Rounding.STOCHASTIC:
-            found.append((
+        """(what was found, what is needed, what to do) of every pair of settings that exclude each other."""
+        rows = (*self._format_conflicts(), *self._pair_conflicts(), *self._static_conflicts())
+        return [(found, needed, advice) for holds, found, needed, advice in rows if holds]
+
+    def _format_conflicts(self) -> tuple[tuple[bool, str, str, str], ...]:
+        mxfp4, fmt = self.format == "mxfp4", self.fmt
+        rule, scale = f"scale_rule = {self.scale_rule}", f"global_scale = {self.global_scale}"
+        blocks = f"{fmt.name} has {' or '.join(fmt.blocks)}."
+        return (
+            (
+                self.hadamard not in HADAMARD_SIZES,
+                f"hadamard = {self.hadamard}",
+                f"One of {HADAMARD_SIZES} is needed.",
+                "Use 16, or 0 for none.",
+            ),
+            (self.block not in fmt.blocks, f"block = {self.block}", blocks, "Use one of those, or another format."),
+            (mxfp4 and self._adaptive, rule, "MXFP4 scales are powers of two.", "Use scale_rule = 'amax', or format = 'nvfp4'."),
+            (mxfp4 and self.global_scale is not GlobalScale.TENSOR, scale, "MXFP4 has no global scale.", "Leave global_scale out."),
+        )
+
+    def _pair_conflicts(self) -> tuple[tuple[bool, str, str, str], ...]:
+        stochastic = self.rounding is Rounding.STOCHASTIC
+        return (
+            (
+                self._adaptive and stochastic,
                 f"scale_rule = {self.scale_rule} with rounding = stochastic",
                 "Choosing between two random draws is biased.",
                 "Use scale_rule = 'amax' on the stochastic operand.",
-            ))
-        if self.is_tile and self.hadamard:
-            found.append((
+            ),
+            (
+                self.is_tile and self.hadamard != 0,
                 "block = 16x16 with hadamard",
                 "A rotation breaks the codes that W and its transpose share.",
                 "Use block = '1x16', or hadamard = 0.",
-            ))
-        if self.is_tile and self.global_scale is GlobalScale.ROW:
-            found.append(("block = 16x16 with global_scale = row", "A 16x16 block spans rows.", "Use global_scale = 'tensor'."))
-        if (self.global_scale is GlobalScale.STATIC) != (self.static_amax is not None):
-            found.append((
-                f"global_scale = {self.global_scale} with static_amax = {self.static_amax}",
-                "A static scale and its calibrated amax come together.",
-                "Give both or neither.",
-            ))
-        if self.static_amax is not None and not 0 < self.static_amax < FP32_MAX:
-            found.append((f"static_amax = {self.static_amax}", "It must be positive and finite.", "Calibrate again."))
-        return found
+            ),
+            (
+                self.is_tile and self.global_scale is GlobalScale.ROW,
+                "block = 16x16 with global_scale = row",
+                "A 16x16 block spans rows.",
+                "Use global_scale = 'tensor'.",
+            ),
+        )
+
+    def _static_conflicts(self) -> tuple[tuple[bool, str, str, str], ...]:
+        amax = self.static_amax
+        found = f"global_scale = {self.global_scale} with static_amax = {amax}"
+        lonely = (self.global_scale is GlobalScale.STATIC) != (amax is not None)
+        unusable = amax is not None and not 0 < amax < FP32_MAX
+        return (
+            (lonely, found, "A static scale and its calibrated amax come together.", "Give both or neither."),
+            (unusable, f"static_amax = {amax}", "It must be positive and finite.", "Calibrate again."),
+        )
+
+    @property
+    def _adaptive(self) -> bool:
+        return self.scale_rule is not ScaleRule.AMAX
 
     @property
     def fmt(self) -> BlockFormat:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,9 +19,8 @@ from fp4compile.passes.site import Decision, Site, is_backward
 from fp4compile.policy.load import load_policy
 from fp4compile.policy.rule import Policy
 from fp4compile.report.report import Report
+from fp4compile.report.trace import Trace
 from fp4compile.weights import STORE
-
-log = logging.getLogger(__name__)
 
 _RECORDS: list[GraphRecord] = []
 
@@ -79,12 +77,13 @@ def explain(model: Callable[..., Any], *args: Any, policy: Any = "auto", strict:
     def dry_run(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         target = target_of(capture.device_of(example_inputs), where="explain")
         record = GraphRecord(id=capture.compile_id(), training=False, target=target.name, policy=loaded.name)
-        records.append(record)
         transform = _Transform(loaded, chosen, capture.parameter_names(gm, example_inputs), record, ANALYSIS)
-        return handoff.trace_only(gm, example_inputs, transform=transform, fingerprint="explain")
+        compiled = handoff.trace_only(gm, example_inputs, transform=transform, fingerprint="explain")
+        records.append(record)  # at the end: Inductor may give up half-way and ask Dynamo for another graph
+        return compiled
 
     buffers = [(b, b.clone()) for b in model.buffers()] if isinstance(model, torch.nn.Module) else []
-    torch.compile(model, backend=dry_run)(*args, **kwargs)
+    handoff.compile_apart(model, dry_run)(*args, **kwargs)
     with torch.no_grad():
         for buffer, saved in buffers:
             buffer.copy_(saved)
@@ -109,14 +108,15 @@ class _Transform:
 
         ctx = PassContext(decide=decide, target=target, record=record, parameters=self.parameters, strict=self.options.strict)
         dump = _dump_into(self.options.dump) if self.options.dump else None
-        if dump:
-            dump.start(record.id, gm)
-        run(gm, ctx, self.passes, instruments=[dump] if dump else [], check=self.options.verify)
+        watchers = [Trace(), *([dump] if dump else [])]
+        for watcher in watchers:
+            watcher.start(record.id, gm, self.parameters)
+        run(gm, ctx, self.passes, instruments=watchers, check=self.options.verify)
         if dump:
             for file, source in sources_of({row.kernel for row in record.sites}).items():
                 dump.write_kernel(file, source)
-            dump.finish(record, policy.to_toml())
-        log.debug("graph %s: %d sites, policy %s", record.id, len(record.sites), record.policy)
+        for watcher in watchers:
+            watcher.finish(record, policy.to_toml())
 
 
 def _dump_into(folder: str) -> Any:

@@ -80,6 +80,7 @@ def _row(site: Site, plan: Plan, fell_back: bool, target: Target) -> SiteDecisio
         precision=precision_text(site, plan),
         rule=plan.rule,
         reason=plan.reason,
+        operands=operands_text(plan),
         kernel=kernel if isinstance(kernel, str) else "",
         bytes_before=before,
         bytes_after=after,
@@ -89,6 +90,13 @@ def _row(site: Site, plan: Plan, fell_back: bool, target: Target) -> SiteDecisio
 
 def precision_text(site: Site, plan: Plan) -> str:
     return plan.precision if plan.quantizes else str(site.dtype).removeprefix("torch.")
+
+
+def operands_text(plan: Plan) -> str:
+    """What the two operands get beyond plain blocks and nearest rounding, left factor first."""
+    if all(config is None or config.describe() == config.format for config in (plan.lhs, plan.rhs)):
+        return ""
+    return " x ".join("high" if config is None else config.describe() for config in (plan.lhs, plan.rhs))
 
 
 def _text(size: Size) -> str:

@@ -18,6 +18,7 @@ class SiteDecision:
     precision: str  # "nvfp4 W4A4", "nvfp4 W4A16", "bfloat16", ...
     rule: str
     reason: str
+    operands: str = ""  # "nvfp4+h16 x nvfp4+sr+h16"; empty where both are plain
     kernel: str = ""  # which implementation runs it; empty where Inductor does
     bytes_before: int = 0  # of the weight in its own dtype; 0 without a weight
     bytes_after: int = 0  # of its codes, scales and global scale
@@ -45,6 +46,5 @@ class GraphRecord:
     sites: list[SiteDecision] = field(default_factory=list)
     passes: list[PassRecord] = field(default_factory=list)
     shared: int = 0  # quantize nodes removed because another one computes the same value
-    quantized_weight_bytes: int = 0
     freed_bytes: int = 0
     dump: str = ""  # folder of this graph's dump, if one was asked for

@@ -27,8 +27,8 @@ def fold(rows: Iterable[SiteDecision]) -> list[Folded]:
     single = [folded for members in groups.values() for folded in _fold_layers(members)]
     merged: dict[tuple[object, ...], list[Folded]] = {}
     for folded in single:
-        _, precision, rule, reason, kernel, fallback = _decision(folded.row)
-        key = (folded.name, folded.count, precision, without_role(rule), without_role(reason), kernel, fallback)
+        _, precision, operands, rule, reason, kernel, fallback = _decision(folded.row)
+        key = (folded.name, folded.count, precision, operands, without_role(rule), without_role(reason), kernel, fallback)
         merged.setdefault(key, []).append(folded)
     return [_with_roles(members) for members in merged.values()]
 
@@ -42,8 +42,8 @@ def unfolded(rows: Iterable[SiteDecision]) -> list[Folded]:
     return [Folded(name=row.name, count=1, roles=(row.role,), row=row) for row in rows]
 
 
-def _decision(row: SiteDecision) -> tuple[str, str, str, str, str, bool]:
-    return row.role, row.precision, row.rule, row.reason, row.kernel, row.fallback
+def _decision(row: SiteDecision) -> tuple[str, str, str, str, str, str, bool]:
+    return row.role, row.precision, row.operands, row.rule, row.reason, row.kernel, row.fallback
 
 
 def _shape(name: str) -> tuple[str, ...]:

@@ -88,7 +88,8 @@ def _cells(folded: Folded) -> tuple[str, ...]:
     # What the policy says of everything needs no words of its own: the rule is the reason.
     reason = "" if row.reason.startswith("default of ") else f"FELL BACK: {row.reason}" if row.fallback else row.reason
     because = f"{reason} ({rule})" if rule and reason else reason or rule
-    return name, " ".join(folded.roles), row.m, row.n, row.k if row.k != "0" else "", row.precision, row.kernel, because
+    precision = f"{row.precision}: {row.operands}" if row.operands else row.precision
+    return name, " ".join(folded.roles), row.m, row.n, row.k if row.k != "0" else "", precision, row.kernel, because
 
 
 def byte_text(count: int) -> str:

@@ -52,3 +52,8 @@ def test_strict_makes_it_an_error_that_says_what_to_do() -> None:
     with pytest.raises(Exception) as caught:
         apply(model, torch.randn(2, 8, dtype=torch.float64), passes=[*SETUP, AssignPrecision()], decide=everything_4_bit, strict=True)
     assert SiteFellBack.__name__ in str(caught.value) and 'precision = "high"' in str(caught.value)
+
+
+def test_a_batch_of_no_rows_is_no_broken_promise() -> None:
+    got = apply(TwoLayers(), torch.randn(0, 32, dtype=torch.bfloat16), setup=[Normalize(), FindMatmuls()], passes=[AssignPrecision()], strict=True)
+    assert [(r.reason, r.fallback) for r in got.record.sites] == [("a dimension is zero", False)] * 2
