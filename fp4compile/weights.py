@@ -2,7 +2,8 @@
 
 An entry belongs to the parameters it was computed from (held weakly) and to a recipe. It is current while each parameter has the
 version counter and the memory address that it had; in-place updates, `load_state_dict`, optimizer steps and `param.data = ...` change
-one of them. Writes through `param.data.add_(...)` change neither: after those, call `fp4compile.refresh(model)`.
+one of them. Writes through `param.data.add_(...)` change neither, nor do in-place writes to parameters made under
+`torch.inference_mode()`, which have no version counter: after those, call `fp4compile.refresh(model)`.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ class WeightStore:
 
 
 def _state(parameters: Sequence[Tensor]) -> State:
-    return tuple((p._version, p.data_ptr()) for p in parameters)
+    return tuple((0 if p.is_inference() else p._version, p.data_ptr()) for p in parameters)
 
 
 STORE = WeightStore()

@@ -1,6 +1,6 @@
 """Products that are named in the report, with a reason, but never rewritten: nothing that multiplies matrices goes unmentioned.
 
-attention, convolutions, ...     operators with their own kernels, by name
+attention, bilinear forms, ...   operators with their own kernels, by name
 cond(p, f, g, x), flex(...)      regions with a graph of their own, when they hold a product
 other_library::linear(x, W)      operators that nobody sees into, when they read a weight matrix and values of its width
 sum(mul(W, x))                   products that were written as sums before we saw them
@@ -8,7 +8,7 @@ sum(mul(W, x))                   products that were written as sums before we sa
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -23,39 +23,46 @@ from fp4compile.passes.site import Role, Site, fake_of
 _ATTENTION = "attention is computed by one fused operator, which keeps its precision"
 _VECTOR = "a matrix-vector product is bound by reading the matrix once; Inductor computes it"
 _SMALL = "too small for a matmul: it is computed as a sum of products"
-# By the operator's name; one that starts with `_` stands for all names that start so.
-_REASONS: Final = {
+_FAST_PATH = "torch's fast path computes the whole layer in one operator; torch.backends.mha.set_fastpath_enabled(False) opens it"
+_RECURRENT = "a recurrent layer is computed by one operator"
+_OVERLOAD = "this overload, with its own output dtype, is left alone"
+_QUANTIZED = "the model already quantized this matmul itself"
+# By the operator's name; one that starts with `_` stands for all names that start so. These are as they are meant to be:
+_AS_MEANT: Final = {
     "_scaled_dot_product": _ATTENTION,
     "_flash_attention": _ATTENTION,
     "_efficient_attention": _ATTENTION,
     "flex_attention": _ATTENTION,
-    "_native_multi_head_attention": "torch's fast path computes the whole attention layer in one operator; call model.train() to see inside",
-    "_transformer_encoder_layer_fwd": "torch's fast path computes the whole layer in one operator; "
-    "torch.backends.mha.set_fastpath_enabled(False) opens it",
+    "_scaled_mm": _QUANTIZED,
+    "_scaled_grouped_mm": _QUANTIZED,
+    "_weight_int": _QUANTIZED,
+    "_int_mm": "an integer matmul keeps its dtype",
+    "dot": "a dot product has no matrix",
+    "vdot": "a dot product has no matrix",
+    "_cdist_forward": "a distance is not a matmul",
+}
+# And these a policy may have wanted in 4 bits, when they read a weight.
+_OUT_OF_REACH: Final = {
+    "_native_multi_head_attention": _FAST_PATH,
+    "_transformer_encoder_layer_fwd": _FAST_PATH,
     "convolution": "a convolution is not a matmul of two matrices",
     "mv": _VECTOR,
     "addmv": _VECTOR,
-    "dot": "a dot product has no matrix",
-    "vdot": "a dot product has no matrix",
     "addbmm": "a sum over batched products is left alone",
     "_trilinear": "a bilinear form is not a matmul of two matrices",
-    "_scaled_mm": "the model already quantized this matmul itself",
-    "_scaled_grouped_mm": "the model already quantized this matmul itself",
-    "_weight_int": "the model already quantized this matmul itself",
-    "_int_mm": "an integer matmul keeps its dtype",
-    "mm": "this overload of mm (with its own output dtype) is left alone",
-    "bmm": "this overload of bmm (with its own output dtype) is left alone",
-    "addmm": "this overload of addmm (with its own output dtype) is left alone",
-    "baddbmm": "this overload of baddbmm (with its own output dtype) is left alone",
-    "_grouped_mm": "this overload of _grouped_mm is left alone",
+    "mm": _OVERLOAD,
+    "bmm": _OVERLOAD,
+    "addmm": _OVERLOAD,
+    "baddbmm": _OVERLOAD,
+    "_grouped_mm": _OVERLOAD,
     "grouped_mm_fallback": "the model computes its experts in a loop of its own because their dtype is not bfloat16",
-    "_cdist_forward": "a distance is not a matmul",
-    "mkldnn_rnn_layer": "a recurrent layer is computed by one operator",
-    "lstm": "a recurrent layer is computed by one operator",
-    "gru": "a recurrent layer is computed by one operator",
-}  # fmt: skip
+    "mkldnn_rnn_layer": _RECURRENT,
+    "lstm": _RECURRENT,
+    "gru": _RECURRENT,
+}
 _SUMS: Final = (aten.sum.dim_IntList, aten.sum.default)
-_WRITTEN_AS_SUMS: Final = {"mv": _VECTOR, "addmv": _VECTOR, "mm": _SMALL, "addmm": _SMALL, "bmm": _SMALL, "baddbmm": _SMALL}
+_TOO_SMALL: Final = ("mm", "addmm", "bmm", "baddbmm")
+_VECTORS: Final = ("mv", "addmv")
 _OURS: Final = ("aten", "prims", "fp4")
 _OPAQUE = "{name} does not belong to torch, and what it does with its weight is not seen"
 _REGION = "{count} matmuls lie inside {name}, whose graph is compiled as it is"
@@ -71,16 +78,25 @@ class LeftAlone:
 def left_alone(node: fx.Node, weights: Container[fx.Node]) -> LeftAlone | None:
     """What product `node` computes, if one, and why it stays as it is. `weights` are the nodes computed from parameters alone."""
     namespace, name = _name_of(node)
-    role = Role.FPROP if any(n in weights for n in node.all_input_nodes) else Role.MATMUL
-    if (reason := _reason_by_name(name)) is not None:
+    role = _role_of(node, weights)
+    if (reason := _reason_by_name(_AS_MEANT, name)) is not None:
         return LeftAlone(op=name, reason=reason)
+    if (reason := _reason_by_name(_OUT_OF_REACH, name)) is not None:
+        return LeftAlone(op=name, reason=reason, role=role)
     if count := sum(map(_count_products, _regions(node))):
         return LeftAlone(op=name, reason=_REGION.format(count=count, name=name), role=role)
     if namespace not in _OURS and _reads_weight_matrix(node, weights):
         return LeftAlone(op=name, reason=_OPAQUE.format(name=f"{namespace}::{name}"), role=role)
+    return _written_as_sum(node, weights) if node.target in _SUMS else None
+
+
+def _written_as_sum(node: fx.Node, weights: Container[fx.Node]) -> LeftAlone | None:
     origin = getattr(node.meta.get("original_aten"), "_schema", None)
-    if node.target in _SUMS and origin is not None and (reason := _WRITTEN_AS_SUMS.get(origin.name.split("::")[-1])):
-        return LeftAlone(op=origin.name.split("::")[-1], reason=reason)
+    name = "" if origin is None else origin.name.split("::")[-1]
+    if name in _TOO_SMALL:
+        return LeftAlone(op=name, reason=_SMALL)
+    if name in _VECTORS:
+        return LeftAlone(op=name, reason=_VECTOR, role=_role_of(node.all_input_nodes[0], weights))
     return None
 
 
@@ -105,8 +121,12 @@ def _name_of(node: fx.Node) -> tuple[str, str]:
     return ("higher_order", target.name()) if isinstance(target, torch._ops.HigherOrderOperator) else ("", "")
 
 
-def _reason_by_name(name: str) -> str | None:
-    return next((why for key, why in _REASONS.items() if name == key or (key[0] == "_" and name.startswith(key))), None)
+def _role_of(node: fx.Node, weights: Container[fx.Node]) -> Role:
+    return Role.FPROP if any(n in weights for n in node.all_input_nodes) else Role.MATMUL
+
+
+def _reason_by_name(reasons: Mapping[str, str], name: str) -> str | None:
+    return next((why for key, why in reasons.items() if name == key or (key[0] == "_" and name.startswith(key))), None)
 
 
 def _regions(node: fx.Node) -> list[fx.GraphModule]:
@@ -121,7 +141,7 @@ def _count_products(region: fx.GraphModule) -> int:
 
 
 def _is_product(node: fx.Node) -> bool:
-    return _reason_by_name(_name_of(node)[1]) is not None
+    return _reason_by_name({**_AS_MEANT, **_OUT_OF_REACH}, _name_of(node)[1]) is not None
 
 
 def _reads_weight_matrix(node: fx.Node, weights: Container[fx.Node]) -> bool:

@@ -181,6 +181,35 @@ def test_explain_builds_nothing_and_changes_nothing() -> None:
     assert not fp4compile.last_report().sites  # a dry run is not a compilation
 
 
+@torch.no_grad()
+def test_explain_can_be_asked_often_and_leaves_compilations_to_the_user() -> None:
+    """Dynamo stops compiling one function after 8 times: neither may dry runs see nothing then, nor eat up the user's share."""
+    model, x = mlp(), torch.randn(8, 32)
+    seen = [len(fp4compile.explain(model, x, policy="nvfp4").sites) for _ in range(10)]
+    assert seen == [seen[0]] * 10 and seen[0] > 0
+    torch.compile(model, backend="fp4", options={"policy": "nvfp4"})(x)
+    assert len(fp4compile.last_report().sites) == seen[0]
+
+
+@torch.no_grad()
+def test_explain_shows_a_dynamic_graph_once() -> None:
+    """Inductor gives up on a graph with a symbolic float and asks Dynamo for another one."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.scale = nn.Linear(32, 32), 0.3
+
+        def forward(self, x):
+            return self.up(x) * self.scale
+
+    x = torch.randn(8, 32)
+    torch._dynamo.mark_dynamic(x, 0)
+    with torch._dynamo.config.patch(assume_static_by_default=False):
+        report = fp4compile.explain(Scaled(), x, policy="nvfp4")
+    assert [len(graph.sites) for graph in report.graphs] == [1]
+
+
 def test_explain_shows_the_backward_too() -> None:
     report = fp4compile.explain(mlp(), torch.randn(8, 32), policy="nvfp4_train")
     assert {row.role for row in report.sites} >= {"fprop", "wgrad"}

@@ -163,3 +163,42 @@ def test_a_freed_weight_needed_in_high_precision_is_an_error_not_a_wrong_result(
         torch.compile(model, backend="fp4", options={"policy": "bf16"})(x)
     with pytest.raises(Exception, match="free_weights released it"):
         compiled(model, policy="mxfp4_a16")(x)
+
+
+class Decays(nn.Module):
+    """Writes to its own weight, between two uses of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(64, 96, dtype=BF16)
+
+    def forward(self, x):
+        before = self.up(x)
+        self.up.weight.mul_(0.5)
+        return before, self.up(x)
+
+
+@torch.no_grad()
+def test_a_weight_that_the_graph_changes_is_quantized_where_it_is_read() -> None:
+    model, x = Decays(), torch.randn(4, 64, dtype=BF16)
+    run = compiled(model)
+    for _ in range(2):
+        weights = [dequantize_ref(*quantize_ref(w, QuantConfig())) for w in (model.up.weight.clone(), model.up.weight * 0.5)]
+        for got, weight in zip(run(x), weights, strict=True):
+            close(got, (x.float() @ weight.T + model.up.bias.float()).to(BF16))
+    assert all(row.precision == "nvfp4 W4A16" for row in fp4compile.last_report().sites)
+
+
+def test_parameters_made_in_inference_mode_have_no_version_and_still_work() -> None:
+    with torch.inference_mode():
+        model, x = Mlp(), torch.randn(4, 64, dtype=BF16)
+        run = compiled(model)
+        before = STORE.quantizations
+        for _ in range(3):
+            close(run(x), expected(model, x))
+        assert STORE.quantizations - before == 2
+        model.up.weight.data = torch.randn(96, 64, dtype=BF16)
+        close(run(x), expected(model, x))
+        model.up.weight.add_(0.5)
+        fp4compile.refresh(model)
+        close(run(x), expected(model, x))

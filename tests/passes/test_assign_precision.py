@@ -55,5 +55,7 @@ def test_strict_makes_it_an_error_that_says_what_to_do() -> None:
 
 
 def test_a_batch_of_no_rows_is_no_broken_promise() -> None:
-    got = apply(TwoLayers(), torch.randn(0, 32, dtype=torch.bfloat16), setup=[Normalize(), FindMatmuls()], passes=[AssignPrecision()], strict=True)
+    got = apply(
+        TwoLayers(), torch.randn(0, 32, dtype=torch.bfloat16), setup=[Normalize(), FindMatmuls()], passes=[AssignPrecision()], strict=True
+    )
     assert [(r.reason, r.fallback) for r in got.record.sites] == [("a dimension is zero", False)] * 2

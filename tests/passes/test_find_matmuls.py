@@ -181,6 +181,50 @@ def test_names_tell_matmuls_of_one_module_apart() -> None:
     assert [s.name for s in sites(Twice(), torch.randn(5, 32)).sites] == ["up", "up#2"]
 
 
+def test_a_childs_weight_read_from_outside_has_the_childs_name() -> None:
+    """Mamba multiplies by `dt_proj.weight` itself; a rule on `dt_proj` must find that."""
+
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dt_proj, self.tied = nn.Linear(32, 48), nn.Linear(32, 32)
+
+        def forward(self, x, other):
+            return self.dt_proj.weight @ x.mT, F.linear(x, other)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mixer, self.head = Mixer(), nn.Linear(32, 32)
+
+        def forward(self, x):
+            return self.mixer(x, self.head.weight)
+
+    assert [s.name for s in sites(Model(), torch.randn(5, 32)).sites] == ["mixer.dt_proj", "mixer"]
+
+
+def test_slices_of_one_parameter_bear_its_name() -> None:
+    attention, (q, k, v) = nn.MultiheadAttention(32, 4), torch.randn(3, 5, 2, 32)
+    got = sites(nn.ModuleDict({"attn": attention})["attn"], q, k, v)
+    names = [s.name for s in got.sites if s.role == "fprop"]
+    assert names == ["in_proj_weight", "in_proj_weight#2", "in_proj_weight#3", "out_proj"]
+
+
+def test_a_weight_that_the_graph_writes_to_is_still_a_weight() -> None:
+    class Decays(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(32, 32)
+
+        def forward(self, x):
+            before = self.up(x)
+            self.up.weight.mul_(0.5)
+            return before, self.up(x)
+
+    got = sites(Decays(), torch.randn(5, 32))
+    assert [(s.name, s.role, s.rhs.kind) for s in got.sites] == [("up", "fprop", "weight"), ("up#2", "fprop", "weight")]
+
+
 def test_golden_sites_do_not_change_the_graph() -> None:
     got = sites(SharedInput(), torch.randn(2, 3, 32, dtype=torch.bfloat16))
     assert got.same_code
