@@ -73,7 +73,7 @@ def compile_with_inductor(
 
 
 def compile_apart(model: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
-    """`torch.compile` that does not count against Dynamo's recompile limit for the code of `model`, nor against the user's own compilations.
+    """`torch.compile` outside of Dynamo's recompile limit for the code of `model`, in which the user's own compilations count.
 
     Beyond that limit (8) Dynamo runs the model as it is, and a dry run would see no graph. A torch that cannot tell them apart counts on.
     """

@@ -1,4 +1,4 @@
-"""Whatever multiplies matrices without being a matmul that passes rewrite is a row with its reason, and counts as fallen back when it reads a weight."""
+"""Whatever multiplies without being a matmul that passes rewrite is a row with its reason; reading a weight, it counts as fallen back."""
 
 from __future__ import annotations
 
