@@ -25,9 +25,9 @@ class TextScore:
     nll: Tensor
     seconds: tuple[float, ...]
 
-    def perplexity(self, windows: int | None = None) -> float:
-        """Of the first `windows`; of all without."""
-        return self.nll[:windows].mean().exp().item()
+    @property
+    def perplexity(self) -> float:
+        return self.nll.mean().exp().item()
 
     @property
     def first_seconds(self) -> float:
@@ -67,13 +67,13 @@ def score_text(forward: Forward, windows: Tensor, tick: Tick) -> TextScore:
 
 
 @torch.no_grad()
-def eager_perplexity(model: Forward, windows: Tensor, tick: Tick) -> float:
-    """The same of a model that has nothing to compile."""
+def eager_losses(model: Forward, windows: Tensor, tick: Tick) -> Tensor:
+    """The same of a model that has nothing to compile: (windows, length - 1)."""
     losses = []
     for window in windows:
         losses.append(_token_losses(model(input_ids=window[None], use_cache=False).logits, window))
         tick()
-    return torch.stack(losses).mean().exp().item()
+    return torch.stack(losses)
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ def quality_table(rows: Sequence[Row]) -> str:
         increase, error = loss_increase(row.text, rows[0].text)
         change = "" if row is rows[0] else f"{increase:+.4f} ({error:.4f})"
         ratio = "" if row is rows[0] else f"{rows[0].weight_bytes / row.weight_bytes:.2f}x"
-        lines.append([row.name, f"{row.text.perplexity():.2f}", change, f"{row.weight_bytes / 1e6:.1f}", ratio])
+        lines.append([row.name, f"{row.text.perplexity:.2f}", change, f"{row.weight_bytes / 1e6:.1f}", ratio])
     return tabulate(lines, headers=["", "perplexity", "loss per token (s.e.)", "weights, MB", "smaller"], **_style(5))
 
 
@@ -49,7 +49,7 @@ def as_json(row: Row, baseline: Row) -> dict[str, Any]:
     return {
         "name": row.name,
         "policy": row.policy,
-        "perplexity": row.text.perplexity(),
+        "perplexity": row.text.perplexity,
         "loss_increase": increase,
         "loss_increase_standard_error": error,
         "weight_bytes": row.weight_bytes,
