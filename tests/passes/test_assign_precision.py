@@ -11,10 +11,16 @@ from fp4compile.passes.errors import SiteFellBack
 from fp4compile.passes.find_matmuls import FindMatmuls
 from fp4compile.passes.normalize import Normalize
 from fp4compile.passes.site import Decision
-from tests.passes.harness import W4A4, W4A16, TwoLayers, apply, decide_forward
+from tests.passes.harness import W4A4, W4A16, TwoLayers, apply, check_golden, decide_forward
 
 SETUP = [Normalize(), FindMatmuls()]
 X = torch.randn(6, 32, dtype=torch.bfloat16)
+
+
+def test_golden_plans(accept: bool) -> None:
+    got = apply(TwoLayers(), X, setup=SETUP, passes=[AssignPrecision()], decide=decide_forward(W4A16))
+    check_golden("assign_precision/w4a16", got.before, got.after, accept)
+    assert got.same_code
 
 
 def test_rows_name_precision_rule_reason_and_bytes() -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from fp4compile.passes.find_matmuls import FindMatmuls
 from fp4compile.passes.normalize import Normalize
-from tests.passes.harness import SharedInput, TwoLayers, apply
+from tests.passes.harness import SharedInput, TwoLayers, apply, check_golden
 
 FIND = [FindMatmuls()]
 
@@ -225,6 +225,50 @@ def test_a_weight_that_the_graph_writes_to_is_still_a_weight() -> None:
     assert [(s.name, s.role, s.rhs.kind) for s in got.sites] == [("up", "fprop", "weight"), ("up#2", "fprop", "weight")]
 
 
-def test_golden_sites_do_not_change_the_graph() -> None:
+class MergedAdapter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.base, self.a, self.b = nn.Linear(32, 48), nn.Parameter(torch.randn(4, 32)), nn.Parameter(torch.randn(48, 4))
+
+    def forward(self, x):
+        return F.linear(x, self.base.weight + self.b @ self.a, self.base.bias)
+
+
+def test_merging_an_adapter_is_no_layer_but_the_merged_weight_is_one() -> None:
+    got = sites(nn.Sequential(MergedAdapter()), torch.randn(5, 32), training=True)
+    assert [(s.name, s.role) for s in got.sites] == [
+        ("0.b", "matmul"),
+        ("0", "fprop"),
+        ("0", "wgrad"),
+        ("0.b#2", "matmul"),
+        ("0.b#3", "matmul"),
+    ]
+    merge, layer = got.sites[:2]
+    assert merge.refusal.startswith("multiplies two parameters") and layer.rhs.kind == "weight"
+
+
+class LearnedQueries(nn.Module):
+    """As in a Perceiver or DETR: the queries are parameters, and their projection reads no input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(3, 32))
+        self.q, self.kv = nn.Linear(32, 32, bias=False), nn.Linear(32, 32, bias=False)
+
+    def forward(self, x):
+        keys = self.kv(x).unflatten(-1, (2, 16)).transpose(1, 2)
+        queries = self.q(self.queries).unflatten(-1, (2, 16)).transpose(0, 1)
+        return (queries @ keys.mT).softmax(-1) @ keys
+
+
+def test_attention_from_learned_queries_is_attention_in_both_directions() -> None:
+    got = sites(LearnedQueries(), torch.randn(2, 5, 32), training=True)
+    assert {s.role for s in got.sites if s.op == "bmm"} == {"matmul"}
+    assert all("attention" in s.traits for s in got.sites if s.op == "bmm")
+    assert [s.role for s in got.sites if s.name == "kv"] == ["fprop", "wgrad"]
+
+
+def test_golden_sites_do_not_change_the_graph(accept: bool) -> None:
     got = sites(SharedInput(), torch.randn(2, 3, 32, dtype=torch.bfloat16))
+    check_golden("find_matmuls/shared_input", got.before, got.after, accept)
     assert got.same_code
