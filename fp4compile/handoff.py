@@ -77,7 +77,7 @@ def compile_apart(model: Callable[..., Any], backend: Callable[..., Any]) -> Cal
 
     Beyond that limit (8) Dynamo runs the model as it is, and a dry run would see no graph. A torch that cannot tell them apart counts on.
     """
-    apart = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
+    apart: dict[str, Any] = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
     return torch.compile(model, backend=backend, **apart)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -42,12 +42,11 @@ class FindMatmuls(Pass):
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         facts = _Facts.of(gm.graph, ctx.parameters)
-        sites: dict[fx.Node, Site] = {}
-        for node in gm.graph.nodes:
-            found = match(node, facts)
-            if isinstance(found, Site):
-                sites[node] = found
-        for node, site in _with_unique_names(_with_depth(sites)).items():
+        forward = _sites((n for n in gm.graph.nodes if not is_backward(n)), facts)
+        backward = _sites(filter(is_backward, gm.graph.nodes), replace(facts, forward_roles=_roles_of(forward)))
+        sites = {**forward, **backward}
+        in_order = {node: sites[node] for node in gm.graph.nodes if node in sites}
+        for node, site in _with_unique_names(_with_depth(in_order)).items():
             set_site(node, site)
         return PassResult(changed=len(sites))
 
@@ -58,18 +57,32 @@ class _Facts:
 
     parameters: Mapping[int, str]
     weights: set[fx.Node]  # computed from parameters alone
+    products: set[fx.Node]  # those among them that a matmul has part in
     gradients: set[fx.Node]
-    forward_weights: dict[int, fx.Node]  # seq_nr -> forward matmul with a weight
+    forward_roles: Mapping[int, Role]  # seq_nr -> role of the forward matmul
 
     @classmethod
     def of(cls, graph: fx.Graph, parameters: Mapping[int, str]) -> _Facts:
         weights = computed_from_parameters(graph, parameters, also_written=True)
-        forward = {
-            node.meta["seq_nr"]: node
-            for node in graph.nodes
-            if node.target in _FACTORS and not is_backward(node) and "seq_nr" in node.meta and any(a in weights for a in _factors(node))
-        }
-        return cls(parameters=parameters, weights=weights, gradients=computed_from_gradients(graph), forward_weights=forward)
+        products: set[fx.Node] = set()
+        for node in graph.nodes:
+            if node in weights and (node.target in _FACTORS or any(n in products for n in node.all_input_nodes)):
+                products.add(node)
+        gradients = computed_from_gradients(graph)
+        return cls(parameters=parameters, weights=weights, products=products, gradients=gradients, forward_roles={})
+
+
+def _sites(nodes: Iterable[fx.Node], facts: _Facts) -> dict[fx.Node, Site]:
+    return {node: found for node in nodes if isinstance(found := match(node, facts), Site)}
+
+
+def _roles_of(forward: Mapping[fx.Node, Site]) -> dict[int, Role]:
+    """Roles by `seq_nr`. Where matmuls share one, as inside an autograd function, it is a layer's if any of them is."""
+    roles: dict[int, Role] = {}
+    for node, site in forward.items():
+        if "seq_nr" in node.meta and roles.get(node.meta["seq_nr"]) is not Role.FPROP:
+            roles[node.meta["seq_nr"]] = site.role
+    return roles
 
 
 def match(node: fx.Node, facts: _Facts) -> Site | NoMatch:
@@ -93,6 +106,8 @@ def _matmul_site(node: fx.Node, facts: _Facts) -> Site:
     left, right = _factors(node)
     a, b, out = fake_of(left), fake_of(right), fake_of(node)
     lhs, rhs = _operand(left, -1, facts), _operand(right, -2, facts)
+    if node.target is aten.bmm.default and "attention" in traits_of(node, projected := (_projected(lhs, facts), _projected(rhs, facts))):
+        lhs, rhs = projected
     module, class_name = module_of(node)
     weight = next((o.parameter for o in (lhs, rhs) if o.kind is OperandKind.WEIGHT), "")
     role = _role(node, lhs, rhs, facts)
@@ -114,7 +129,7 @@ def _matmul_site(node: fx.Node, facts: _Facts) -> Site:
         lhs=lhs,
         rhs=rhs,
         traits=traits_of(node, (lhs, rhs)),
-        refusal=_refusal(a, b, out, grouped_over_k, op, node),
+        refusal=_refusal(a, b, out, grouped_over_k, op, node) or _why_no_layer(lhs, rhs),
     )
 
 
@@ -171,13 +186,26 @@ def _operand(node: fx.Node, axis: int, facts: _Facts) -> Operand:
     return Operand(kind=kind, source=source, axis=axis)
 
 
+def _projected(operand: Operand, facts: _Facts) -> Operand:
+    """Learned queries, once projected, come from parameters alone; in attention they are activations all the same."""
+    is_product = operand.source in facts.products
+    return replace(operand, kind=OperandKind.ACTIVATION, parameter="") if is_product else operand
+
+
 def _role(node: fx.Node, lhs: Operand, rhs: Operand, facts: _Facts) -> Role:
-    has_weight = OperandKind.WEIGHT in (lhs.kind, rhs.kind)
+    weights = (lhs.kind, rhs.kind).count(OperandKind.WEIGHT)
     if not is_backward(node):
-        return Role.FPROP if has_weight else Role.MATMUL
-    if has_weight:
-        return Role.DGRAD
-    return Role.WGRAD if node.meta.get("seq_nr") in facts.forward_weights else Role.MATMUL
+        return Role.FPROP if weights == 1 else Role.MATMUL
+    forward = facts.forward_roles.get(node.meta.get("seq_nr", -1))
+    if weights:
+        return Role.DGRAD if forward in (Role.FPROP, None) else Role.MATMUL
+    return Role.WGRAD if forward is Role.FPROP else Role.MATMUL
+
+
+def _why_no_layer(lhs: Operand, rhs: Operand) -> str:
+    if lhs.kind is rhs.kind is OperandKind.WEIGHT:
+        return "multiplies two parameters, as when an adapter is merged: the result is a weight, and is quantized where it is used"
+    return ""
 
 
 def _path(module: str, parameter: str) -> str:
