@@ -41,9 +41,30 @@ def load_operand(
 
 
 @triton.jit
-def multiply_accumulate(acc, a, b, PRECISION: tl.constexpr):
-    """`acc` + a [M, K] times b [N, K] transposed, in float32."""
-    return tl.dot(a, tl.trans(b), acc, input_precision=PRECISION, out_dtype=tl.float32)
+def empty_sum(B_FIRST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """float32 zeros for `multiply_accumulate` to add to: [BLOCK_M, BLOCK_N], transposed with B_FIRST."""
+    if B_FIRST:
+        return tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    else:
+        return tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+
+
+@triton.jit
+def multiply_accumulate(acc, a, b, B_FIRST: tl.constexpr, PRECISION: tl.constexpr):
+    """`acc` + a [M, K] times b [N, K] transposed, in float32. With B_FIRST the dot is b times a transposed, [N, M] as `acc` then is."""
+    if B_FIRST:
+        return tl.dot(b, tl.trans(a), acc, input_precision=PRECISION, out_dtype=tl.float32)
+    else:
+        return tl.dot(a, tl.trans(b), acc, input_precision=PRECISION, out_dtype=tl.float32)
+
+
+@triton.jit
+def finished_sum(acc, B_FIRST: tl.constexpr):
+    """What `multiply_accumulate` summed, as [M, N]."""
+    if B_FIRST:
+        return tl.trans(acc)
+    else:
+        return acc
 
 
 @triton.jit

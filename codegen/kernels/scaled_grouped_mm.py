@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fp4compile.codegen.kernels._tile_operand import load_global_scale, load_operand, multiply_accumulate
+from fp4compile.codegen.kernels._tile_operand import empty_sum, finished_sum, load_global_scale, load_operand, multiply_accumulate
 
 
 @triton.jit
@@ -18,7 +18,7 @@ def scaled_grouped_mm_kernel(
     a_stride_r, a_stride_k, a_scale_stride_r, a_scale_stride_k, a_global_stride_r,
     b_stride_b, b_stride_r, b_stride_k, b_scale_stride_b, b_scale_stride_r, b_scale_stride_k, b_global_stride_b, b_global_stride_r,
     offs_stride,
-    A_FORMAT: tl.constexpr, B_FORMAT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    A_FORMAT: tl.constexpr, B_FORMAT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, B_FIRST: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out (T, N) contiguous: rows offs[g-1]..offs[g] of A (T, K) times B[g] (N, K) transposed. BLOCK_G > `groups`, a power of two."""
@@ -35,6 +35,7 @@ def scaled_grouped_mm_kernel(
         b_ptr += group * b_stride_b
         if B_FORMAT != "none":
             b_scales_ptr += group * b_scale_stride_b
+        sums = empty_sum(B_FIRST, BLOCK_M, BLOCK_N)
         for start_k in range(0, k, BLOCK_K):
             a = load_operand(
                 a_ptr, a_scales_ptr, row, end, start_k, k, a_stride_r, a_stride_k, a_scale_stride_r, a_scale_stride_k,
@@ -44,10 +45,10 @@ def scaled_grouped_mm_kernel(
                 b_ptr, b_scales_ptr, column, n, start_k, k, b_stride_r, b_stride_k, b_scale_stride_r, b_scale_stride_k,
                 B_FORMAT, DTYPE, BLOCK_N, BLOCK_K,
             )  # fmt: skip
-            acc = multiply_accumulate(acc, a, b, PRECISION)
+            sums = multiply_accumulate(sums, a, b, B_FIRST, PRECISION)
         a_global = load_global_scale(a_global_ptr, 0, row, end, 0, a_global_stride_r, BLOCK_M)
         b_global = load_global_scale(b_global_ptr, group, column, n, b_global_stride_b, b_global_stride_r, BLOCK_N)
-        acc = acc * (a_global[:, None] * b_global[None, :])
+        acc = finished_sum(sums, B_FIRST) * (a_global[:, None] * b_global[None, :])
     inside = (row < end)[:, None] & (column < n)[None, :]
     tl.store(out_ptr + row[:, None] * n + column[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fp4compile.codegen.kernels._tile_operand import load_global_scale, load_operand, multiply_accumulate
+from fp4compile.codegen.kernels._tile_operand import empty_sum, finished_sum, load_global_scale, load_operand, multiply_accumulate
 
 
 @triton.jit
@@ -17,7 +17,7 @@ def scaled_mm_kernel(
     a_stride_b, a_stride_r, a_stride_k, a_scale_stride_b, a_scale_stride_r, a_scale_stride_k, a_global_stride_b, a_global_stride_r,
     b_stride_b, b_stride_r, b_stride_k, b_scale_stride_b, b_scale_stride_r, b_scale_stride_k, b_global_stride_b, b_global_stride_r,
     bias_stride_b, bias_stride_m, bias_stride_n,
-    A_FORMAT: tl.constexpr, B_FORMAT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    A_FORMAT: tl.constexpr, B_FORMAT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, B_FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out (batch, M, N) contiguous = A (batch, M, K) times B (batch, N, K) transposed, times both global scales, plus bias."""
@@ -31,7 +31,7 @@ def scaled_mm_kernel(
     if B_FORMAT != "none":
         b_scales_ptr += batch * b_scale_stride_b
 
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    sums = empty_sum(B_FIRST, BLOCK_M, BLOCK_N)
     for start_k in range(0, k, BLOCK_K):
         a = load_operand(
             a_ptr, a_scales_ptr, row, m, start_k, k, a_stride_r, a_stride_k, a_scale_stride_r, a_scale_stride_k,
@@ -41,11 +41,11 @@ def scaled_mm_kernel(
             b_ptr, b_scales_ptr, column, n, start_k, k, b_stride_r, b_stride_k, b_scale_stride_r, b_scale_stride_k,
             B_FORMAT, DTYPE, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        acc = multiply_accumulate(acc, a, b, PRECISION)
+        sums = multiply_accumulate(sums, a, b, B_FIRST, PRECISION)
 
     a_global = load_global_scale(a_global_ptr, batch, row, m, a_global_stride_b, a_global_stride_r, BLOCK_M)
     b_global = load_global_scale(b_global_ptr, batch, column, n, b_global_stride_b, b_global_stride_r, BLOCK_N)
-    acc = acc * (a_global[:, None] * b_global[None, :])
+    acc = finished_sum(sums, B_FIRST) * (a_global[:, None] * b_global[None, :])
     inside = (row < m)[:, None] & (column < n)[None, :]
     if bias_ptr is not None:
         where_bias = batch * bias_stride_b + row[:, None] * bias_stride_m + column[None, :] * bias_stride_n

@@ -71,6 +71,12 @@ def usage(compiled: Any, folder: Path) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text.stdout + text.stderr)}
 
 
+def leaves_registers_in_flight(ptx: str) -> bool:
+    """Whether a wgmma with its left operand in registers may still run when they are needed again: ptxas before 13.3 does not wait."""
+    from_registers = re.search(r"wgmma\.mma_async\S* \{[^}]*\}, \{", ptx)
+    return from_registers is not None and set(re.findall(r"wgmma\.wait_group\S* (\d+)", ptx)) != {"0"}
+
+
 def quantize(dtype: torch.dtype, axis: int, **options: Any) -> Callable[[], object]:
     x = torch.zeros(4096, 1024, dtype=dtype)
     return lambda: launch.quantize(x, axis, *quantize_args(QuantConfig(**options)), torch.tensor(1))
@@ -111,11 +117,18 @@ PRODUCTS = {
     "fp16-m64": product(64, "float16", "nvfp4"),
     "fp16-mx": product(64, "float16", "mxfp4"),
     "fp32-m64": product(64, "float32", "nvfp4"),
+    "a4-bf16-m1": product(1, "nvfp4", "bfloat16"),
+    "a4-bf16-m4096": product(4096, "mxfp4", "bfloat16"),
+    "a4-fp16-m64": product(64, "nvfp4", "float16"),
     "grouped-w4a4": product(2048, "nvfp4", "nvfp4", groups=8),
     "grouped-bf16": product(512, "bfloat16", "nvfp4", groups=8),
+    "grouped-a4-bf16": product(2048, "nvfp4", "bfloat16", groups=8),
 }
 # The oldest supported GPU, the emulation's main target, and the two that fall back to it: fewer kernels there, for time.
-CAPABILITIES = {90: (*QUANTIZERS, *PRODUCTS), 80: ("tile", "wgrad", "h128", "w4a4-m4096", "bf16-m1", "fp32-m64", "grouped-w4a4")}
+CAPABILITIES = {
+    90: (*QUANTIZERS, *PRODUCTS),
+    80: ("tile", "wgrad", "h128", "w4a4-m4096", "bf16-m1", "fp32-m64", "a4-bf16-m4096", "grouped-w4a4"),
+}
 CAPABILITIES |= {100: ("tile", "wgrad", "w4a4-m4096", "grouped-bf16"), 120: ("tile", "wgrad", "w4a4-m4096", "mx-m4096", "grouped-bf16")}
 CASES = [(capability, name) for capability, names in CAPABILITIES.items() for name in names]
 
@@ -132,6 +145,16 @@ def test_compiles_without_spills(capability: int, name: str, tmp_path: Path, mon
         assert not re.findall(r"\b(?:fma|mad)\.(?:rn\.)?f32|\.ftz|\.approx|div\.full", ptx)
     elif not name.startswith("fp32"):
         assert re.search(r"\b(?:mma\.sync|wgmma|tcgen05\.mma)", ptx)
+        assert not leaves_registers_in_flight(ptx)
+
+
+def test_registers_left_in_flight_are_noticed() -> None:
+    left = "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r1,%r2,%r3,%r4}, {%r5,%r6,%r7,%r8}, %rd1, 1, 1, 1, 0;"
+    shared = left.replace("{%r5,%r6,%r7,%r8}", "%rd2")
+    wait = "wgmma.wait_group.sync.aligned {};"
+    assert leaves_registers_in_flight(left + wait.format(1) + wait.format(0))
+    assert not leaves_registers_in_flight(left + wait.format(0))
+    assert not leaves_registers_in_flight(shared + wait.format(1))
 
 
 def test_the_amax_kernel_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,6 +59,14 @@ def test_numbers_of_experts(device: torch.device, experts: int) -> None:
     assert_exact(a, b, torch.stack([offs, offs], dim=1)[:, 0], 16)  # offsets need not be contiguous
 
 
+def test_tiles_of_many_rows(device: torch.device) -> None:
+    generator = torch.Generator(device).manual_seed(5)
+    offs = torch.tensor([18, 40], dtype=torch.int32, device=device)
+    for left, right in (("nvfp4", "bf16"), ("bf16", "nvfp4")):
+        a, b = exact_side(left, (45, 40), generator, global_scale="row"), exact_side(right, (2, 20, 40), generator, global_scale="row")
+        assert_exact(a, b, offs, 40)
+
+
 def test_results_without_elements(device: torch.device) -> None:
     generator = torch.Generator(device).manual_seed(3)
     a, b = exact_side("bf16", (0, 16), generator), exact_side("nvfp4", (2, 6, 16), generator)
