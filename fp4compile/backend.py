@@ -83,10 +83,12 @@ def explain(model: Callable[..., Any], *args: Any, policy: Any = "auto", strict:
         return compiled
 
     buffers = [(b, b.clone()) for b in model.buffers()] if isinstance(model, torch.nn.Module) else []
-    handoff.compile_apart(model, dry_run)(*args, **kwargs)
-    with torch.no_grad():
-        for buffer, saved in buffers:
-            buffer.copy_(saved)
+    try:
+        handoff.compile_apart(model, dry_run)(*args, **kwargs)
+    finally:
+        with torch.no_grad():
+            for buffer, saved in buffers:
+                buffer.copy_(saved)
     return Report(graphs=tuple(records))
 
 
