@@ -134,6 +134,6 @@ def _b_first(a: Operand, b: Operand, dtype: torch.dtype, tile: MatmulTile) -> bo
     next iteration, and ptxas before CUDA 13.3 writes its registers again meanwhile (https://github.com/triton-lang/triton/issues/9433):
     MXFP4 x bfloat16, 1024x2048x4096, came out wrong in a quarter of all runs on an H100 with Triton 3.6, in 8 rows of a tile. A decoded
     right operand goes through shared memory, and the product is waited for. Microseconds before and after there, NVFP4 x bfloat16,
-    Mx4096x4096: 97 and 83 (M = 64), 179 and 186 (256), 341 and 261 (1024), 1309 and 1005 (4096). With 16 rows it would be 61 and 174.
+    Mx4096x4096: 97 and 83 (M = 64), 179 and 186 (256), 341 and 261 (1024), 1309 and 1005 (4096).
     """
     return a.format != "none" and b.format == "none" and dtype is not torch.float32 and tile.block_m >= 64
