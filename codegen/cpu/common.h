@@ -155,7 +155,7 @@ void product_of_few_rows(const Product& p);   // gemv.cpp: M <= FEW_ROWS, float3
 void product_of_many_rows(const Product& p);  // gemm.cpp: any M, bf16 activations, vector level 2 only
 
 // dequantize.cpp: rows of codes (rows, kp / 2) to their first k values. bf16 holds them exactly.
-void dequantize_rows(const uint8_t* codes, const uint8_t* scales, Kind kind, int64_t rows, int64_t kp, int64_t k, void* out, int64_t out_stride,
-                     Kind out_kind);
+void dequantize_rows(const uint8_t* codes, const uint8_t* scales, Kind kind, int64_t rows, int64_t kp, int64_t k, void* out,
+                     int64_t out_stride, Kind out_kind);
 
 }  // namespace fp4

@@ -67,8 +67,8 @@ void decode_rows(const uint8_t* codes, const uint8_t* scales, int64_t rows, int6
 
 }  // namespace
 
-void dequantize_rows(const uint8_t* codes, const uint8_t* scales, Kind kind, int64_t rows, int64_t kp, int64_t k, void* out, int64_t out_stride,
-                     Kind out_kind) {
+void dequantize_rows(const uint8_t* codes, const uint8_t* scales, Kind kind, int64_t rows, int64_t kp, int64_t k, void* out,
+                     int64_t out_stride, Kind out_kind) {
   auto* floats = static_cast<float*>(out);
   auto* halves = static_cast<uint16_t*>(out);
   if (kind == NVFP4 && out_kind == FLOAT32) decode_rows<NVFP4>(codes, scales, rows, kp, k, floats, out_stride);

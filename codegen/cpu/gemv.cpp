@@ -59,7 +59,8 @@ struct Bf16Step {
   static constexpr int BYTES = 32;
 
   template <Kind kind, int ROWS, int COLS>
-  static void run(const uint8_t* codes, const uint8_t* scales, int64_t kp, const uint16_t* x, int64_t x_stride, float* out, int64_t out_stride) {
+  static void run(const uint8_t* codes, const uint8_t* scales, int64_t kp, const uint16_t* x, int64_t x_stride, float* out,
+                  int64_t out_stride) {
     constexpr int per_step = 64 / block_of(kind), steps_a_chunk = 16 / per_step;
     alignas(64) uint16_t values[32];
     for (int i = 0; i < 32; ++i) values[i] = static_cast<uint16_t>(bits_of(E2M1[i % 16]) >> 16);
@@ -105,7 +106,8 @@ struct Float32Step {
   static constexpr int BYTES = 16;
 
   template <Kind kind, int ROWS, int COLS>
-  static void run(const uint8_t* codes, const uint8_t* scales, int64_t kp, const float* x, int64_t x_stride, float* out, int64_t out_stride) {
+  static void run(const uint8_t* codes, const uint8_t* scales, int64_t kp, const float* x, int64_t x_stride, float* out,
+                  int64_t out_stride) {
     constexpr int per_step = 32 / block_of(kind), steps_a_chunk = 16 / per_step;
     const __m512 table = _mm512_loadu_ps(E2M1);
     const __m512i lanes = scale_lanes(16 / per_step);
@@ -153,7 +155,8 @@ struct Float32Step {
   }
 
   template <Kind kind, int ROWS, int COLS>
-  static void run(const uint8_t* codes, const uint8_t* scales, int64_t kp, const float* x, int64_t x_stride, float* out, int64_t out_stride) {
+  static void run(const uint8_t* codes, const uint8_t* scales, int64_t kp, const float* x, int64_t x_stride, float* out,
+                  int64_t out_stride) {
     const __m256 magnitudes = _mm256_loadu_ps(E2M1);
     const int64_t row_bytes = kp / 2, row_scales = kp / block_of(kind);
     __m256 acc[COLS][ROWS];
@@ -187,7 +190,8 @@ struct Float32Step {
   static constexpr int BYTES = 8;
 
   template <Kind kind, int ROWS, int COLS>
-  static void run(const uint8_t* codes, const uint8_t* scales, int64_t kp, const float* x, int64_t x_stride, float* out, int64_t out_stride) {
+  static void run(const uint8_t* codes, const uint8_t* scales, int64_t kp, const float* x, int64_t x_stride, float* out,
+                  int64_t out_stride) {
     const int64_t row_bytes = kp / 2, row_scales = kp / block_of(kind);
     for (int n = 0; n < COLS; ++n) {
       float acc[ROWS] = {};

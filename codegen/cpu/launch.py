@@ -34,6 +34,7 @@ _DENSE: Final = (torch.float32, torch.bfloat16)
 _RULE: Final = {"amax": 0, "four_over_six": 1, "four_over_six_mae": 2, "four_over_six_absmax": 3}
 _GRANULARITY: Final = {"tensor": 0, "row": 1, "static": 2}
 _FEW_ROWS: Final = 8
+_DECODED_AT_ONCE: Final = 1 << 21  # float32 weights handed to BLAS: 8 MiB, which stay in a cache
 _pack_product: Final = struct.Struct("20q").pack
 _pack_quantize: Final = struct.Struct("15qd").pack
 
@@ -233,9 +234,18 @@ def _through_blas(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """The reference on operands that the kernels decoded: any batch, any bias, float32 throughout."""
-    left = a if a_scales is None else _dequantize(kernels, a, a_scales, k)
-    right = b if b_scales is None else _dequantize(kernels, b, b_scales, k)
-    return scaled_mm_ref(left, None, a_global, right, None, b_global, bias, k, out_dtype)
+    left = a.float() if a_scales is None else _dequantize(kernels, a, a_scales, k)
+    if b_scales is None:
+        return scaled_mm_ref(left, None, a_global, b, None, b_global, bias, k, out_dtype)
+    step = max(1, _DECODED_AT_ONCE // max(k, 1)) if b.ndim == 2 else b.shape[-2]
+    parts: list[Tensor] = []
+    for rows in (slice(first, first + step) for first in range(0, b.shape[-2], step)):
+        right = _dequantize(kernels, b[..., rows, :], b_scales[..., rows, :], k)
+        per_row = b_global is not None and b_global.ndim == b.ndim - 1
+        part_global = b_global[..., rows] if b_global is not None and per_row else b_global
+        part_bias = None if bias is None else bias[..., rows]
+        parts.append(scaled_mm_ref(left, None, a_global, right, None, part_global, part_bias, k, out_dtype))
+    return torch.cat(parts, dim=-1) if parts else left.new_zeros((*left.shape[:-1], 0), dtype=out_dtype)
 
 
 def _dequantize(kernels: Kernels, codes: Tensor, scales: Tensor, k: int) -> Tensor:

@@ -209,7 +209,8 @@ struct Choice {
 
 // Takes the wider scale for the groups that lose less with it; `count` rows decide together.
 template <Rule rule, class Source>
-void take_better(const Quantize& q, const Source* x, int64_t at, int64_t count, const TensorScale& tensor, const Choice& wider, Choice& choice) {
+void take_better(const Quantize& q, const Source* x, int64_t at, int64_t count, const TensorScale& tensor, const Choice& wider,
+                 Choice& choice) {
   float errors[16][16] = {}, wider_errors[16][16] = {};
   for (int64_t r = 0; r < count; ++r) {
     const Groups groups(x + r * q.k, at, q.k);

@@ -13,11 +13,9 @@ inline __m512 load_16(const uint16_t* in) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
-// out[element][group], from float32 or bf16.
-template <class Source>
-void transpose(const Source* in, float (&out)[16][16]) {
-  __m512 a[16], b[16];
-  for (int i = 0; i < 16; ++i) a[i] = load_16(in + 16 * i);
+// Lane i of vector j becomes lane j of vector i.
+inline void transpose(__m512 (&a)[16]) {
+  __m512 b[16];
   for (int i = 0; i < 16; i += 2) {
     b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
     b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
@@ -35,9 +33,18 @@ void transpose(const Source* in, float (&out)[16][16]) {
     b[i + 12] = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0xDD);
   }
   for (int i = 0; i < 8; ++i) {
-    _mm512_storeu_ps(out[i], _mm512_shuffle_f32x4(b[i], b[i + 8], 0x88));
-    _mm512_storeu_ps(out[i + 8], _mm512_shuffle_f32x4(b[i], b[i + 8], 0xDD));
+    a[i] = _mm512_shuffle_f32x4(b[i], b[i + 8], 0x88);
+    a[i + 8] = _mm512_shuffle_f32x4(b[i], b[i + 8], 0xDD);
   }
+}
+
+// out[element][group], from float32 or bf16.
+template <class Source>
+void transpose(const Source* in, float (&out)[16][16]) {
+  __m512 a[16];
+  for (int i = 0; i < 16; ++i) a[i] = load_16(in + 16 * i);
+  transpose(a);
+  for (int i = 0; i < 16; ++i) _mm512_storeu_ps(out[i], a[i]);
 }
 
 #else

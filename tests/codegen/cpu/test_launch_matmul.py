@@ -128,6 +128,13 @@ def test_strided_operands(kernels: launch.Kernels, m: int):
         _assert_near(_mm(kernels, operand, b, 96, torch.float32), operand, b, 96, torch.float32)
 
 
+@pytest.mark.parametrize("k", [2000, 2047, 2048, 4096])
+def test_rows_four_kibibytes_apart(kernels: launch.Kernels, k: int):
+    x = _randn(20, 2048 if k < 2048 else k, seed=28, dtype=torch.bfloat16)[:, :k]
+    a, b = (x, None, None), quantize_ref(_randn(40, k, seed=29), TENSOR)
+    _assert_near(_mm(kernels, a, b, k, torch.float32), a, b, k, torch.float32)
+
+
 @pytest.mark.parametrize(("m", "n", "k"), [(0, 5, 16), (5, 0, 16), (3, 5, 0), (0, 0, 0), (20, 5, 0), (20, 0, 32)])
 def test_empty_products(kernels: launch.Kernels, m: int, n: int, k: int):
     b, bias = quantize_ref(_randn(n, k), TENSOR), _randn(n, seed=1)
