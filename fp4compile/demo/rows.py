@@ -40,7 +40,7 @@ def speed_table(rows: Sequence[Row]) -> str:
         compile_seconds = row.text.first_seconds + (made.first_seconds if made else 0)
         decode = f"{made.tokens_per_second:.1f}" if made else "-"
         lines.append([row.name, f"{row.text.steady_seconds * 1e3:.0f}", decode, f"{compile_seconds:.0f}"])
-    return tabulate(lines, headers=["", "prefill of 512, ms", "decode, tokens/s", "first calls, s"], **_style(4))
+    return tabulate(lines, headers=["", "prefill of 512, ms", "decode, tokens/s", "compile, s"], **_style(4))
 
 
 def as_json(row: Row, baseline: Row) -> dict[str, Any]:

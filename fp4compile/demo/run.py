@@ -120,7 +120,7 @@ def _summary(rows: Sequence[Row], table: str, device: torch.device, text: Tensor
         f"Perplexity on {len(text)} windows of {WINDOW} tokens, and size:\n\n{quality_table(rows)}",
         "Changes are against the bf16 row. Its weights were already rounded to 4 bits once (Q4_1) when this checkpoint was packed,\n"
         "so they say what FP4 adds to that, not what it costs the original SmolLM2. Two policies closer than 0.03 are not told apart.",
-        f"Speed on {place}, torch {torch.__version__}:\n\n{speed_table(rows)}",
+        f"Speed on {place}, torch {torch.__version__}, best call of each row:\n\n{speed_table(rows)}",
     ]
     parts += [f"{row.name}: {row.generation.text!r}" for row in rows if row.generation]
     return "\n" + "\n\n".join(parts) + "\n"

@@ -54,5 +54,5 @@ def test_verdict():
     one_of_ten = (0.01,) * 9 + (0.3,)
     assert check(layers=one_of_ten).agrees
     assert not check(layers=one_of_ten[1:]).agrees
-    assert "1.0% of FP4's own error in the median, 30.0% at most; 1 above 10%" in str(check(layers=one_of_ten))
+    assert "1.0% of FP4's own error in the median, 30.0% at most\n  (1 above 10%" in str(check(layers=one_of_ten))
     assert "THEY DISAGREE" in str(check(layers=one_of_ten[1:]))
