@@ -105,17 +105,28 @@ struct Groups {
     }
   }
 
+  // Eight codes a word, the first in the lowest bits.
   void encode_nearest(const FloatLanes& multiplier, Lanes (&words)[2]) const {
-    for (int e = 0; e < 16; ++e) {
-      for (int g = 0; g < 16; ++g) words[e / 8][g] |= round_e2m1(x[e][g] * multiplier[g]).code << 4 * (e % 8);
+    for (int half = 0; half < 2; ++half) {
+      for (int g = 0; g < 16; ++g) {
+        uint32_t word = 0;
+#pragma GCC unroll 8
+        for (int e = 0; e < 8; ++e) word |= round_e2m1(x[8 * half + e][g] * multiplier[g]).code << 4 * e;
+        words[half][g] = word;
+      }
     }
   }
 
   void encode_stochastic(const FloatLanes& multiplier, const Lanes (&random)[4], Lanes (&words)[2]) const {
-    for (int e = 0; e < 16; ++e) {
+    for (int half = 0; half < 2; ++half) {
       for (int g = 0; g < 16; ++g) {
-        const uint32_t byte = random[e / 4][g] >> 8 * (e % 4) & 0xFF;
-        words[e / 8][g] |= stochastic_code(x[e][g] * multiplier[g], byte) << 4 * (e % 8);
+        uint32_t word = 0;
+#pragma GCC unroll 8
+        for (int e = 0; e < 8; ++e) {
+          const uint32_t byte = random[2 * half + e / 4][g] >> 8 * (e % 4) & 0xFF;
+          word |= stochastic_code(x[8 * half + e][g] * multiplier[g], byte) << 4 * e;
+        }
+        words[half][g] = word;
       }
     }
   }
@@ -166,7 +177,7 @@ void draw(uint64_t seed, uint32_t first, Lanes (&c)[4]) {
 
 // Codes of groups [first, first + width) of one row.
 void encode(const Quantize& q, int64_t row, int64_t first, int width, const Groups& groups, const FloatLanes& multiplier) {
-  Lanes words[2] = {};
+  Lanes words[2];
   if (q.stochastic) {
     Lanes random[4];
     draw(static_cast<uint64_t>(q.seed), static_cast<uint32_t>(row * (q.kp / 16) + first), random);
@@ -228,13 +239,17 @@ void take_better(const Quantize& q, const Source* x, int64_t at, int64_t count, 
   }
 }
 
-// Rows [first, first + count) share their block scales; `count` is 1, or up to 16 for tiles.
+// What one thread does at a time: groups [begin, end) of 1 row, or of up to 16 rows that share their block scales.
+struct Strip {
+  int64_t matrix, row, rows, begin, end;
+};
+
 template <Rule rule, class Source>
-void quantize_nvfp4_rows_by(const Quantize& q, int64_t first, int64_t count, const TensorScale& tensor) {
+void quantize_nvfp4_strip_by(const Quantize& q, const Strip& strip, const TensorScale& tensor) {
+  const int64_t first = strip.row, count = strip.rows, blocks = q.kp / 16;
   const Source* x = static_cast<const Source*>(q.x) + first * q.k;
-  const int64_t blocks = q.kp / 16;
-  for (int64_t at = 0; at < blocks; at += 16) {
-    const int width = static_cast<int>(std::min<int64_t>(16, blocks - at));
+  for (int64_t at = strip.begin; at < strip.end; at += 16) {
+    const int width = static_cast<int>(std::min<int64_t>(16, strip.end - at));
     Lanes amax = {};
     const Groups head(x, 16 * at, q.k);
     head.add_amax_bits(amax);
@@ -253,21 +268,21 @@ void quantize_nvfp4_rows_by(const Quantize& q, int64_t first, int64_t count, con
 }
 
 template <class Source>
-void quantize_nvfp4_rows(const Quantize& q, int64_t first, int64_t count, const TensorScale& tensor) {
+void quantize_nvfp4_strip(const Quantize& q, const Strip& strip, const TensorScale& tensor) {
   switch (q.rule) {
-    case AMAX: return quantize_nvfp4_rows_by<AMAX, Source>(q, first, count, tensor);
-    case SQUARED: return quantize_nvfp4_rows_by<SQUARED, Source>(q, first, count, tensor);
-    case ABSOLUTE: return quantize_nvfp4_rows_by<ABSOLUTE, Source>(q, first, count, tensor);
-    case MAXIMUM: return quantize_nvfp4_rows_by<MAXIMUM, Source>(q, first, count, tensor);
+    case AMAX: return quantize_nvfp4_strip_by<AMAX, Source>(q, strip, tensor);
+    case SQUARED: return quantize_nvfp4_strip_by<SQUARED, Source>(q, strip, tensor);
+    case ABSOLUTE: return quantize_nvfp4_strip_by<ABSOLUTE, Source>(q, strip, tensor);
+    case MAXIMUM: return quantize_nvfp4_strip_by<MAXIMUM, Source>(q, strip, tensor);
   }
 }
 
 template <class Source>
-void quantize_mxfp4_row(const Quantize& q, int64_t row) {
+void quantize_mxfp4_strip(const Quantize& q, const Strip& strip) {
+  const int64_t row = strip.row, blocks = q.kp / 16;  // groups of 16; pairs share a scale
   const Source* x = static_cast<const Source*>(q.x) + row * q.k;
-  const int64_t blocks = q.kp / 16;  // groups of 16; pairs share a scale
-  for (int64_t at = 0; at < blocks; at += 16) {
-    const int width = static_cast<int>(std::min<int64_t>(16, blocks - at));
+  for (int64_t at = strip.begin; at < strip.end; at += 16) {
+    const int width = static_cast<int>(std::min<int64_t>(16, strip.end - at));
     const Groups groups(x, 16 * at, q.k);
     Lanes amax = {};
     groups.add_amax_bits(amax);
@@ -283,48 +298,70 @@ void quantize_mxfp4_row(const Quantize& q, int64_t row) {
   }
 }
 
-template <class Source>
-void quantize(const Quantize& q) {
-  const int64_t rows = q.matrices * q.rows, grain = std::max<int64_t>(1, 8192 / std::max<int64_t>(q.k, 1));
-  const Source* x = static_cast<const Source*>(q.x);
-  if (q.format == MXFP4) {
-    std::fill(q.decode, q.decode + q.matrices, 1.0f);
-    return parallel(rows, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) quantize_mxfp4_row<Source>(q, row);
-    });
+// Rows of whole blocks lie end to end in all arrays, so that a matrix of them may be taken as one row: no lane stays empty at its ends.
+Quantize as_one_row(Quantize q) {
+  if (q.k == q.kp && q.tile_rows == 1 && q.granularity != ROW) {
+    q.k *= q.rows;
+    q.kp *= q.rows;
+    q.rows = std::min<int64_t>(q.rows, 1);
   }
-  if (q.granularity == ROW) {
-    return parallel(rows, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        const TensorScale scale = tensor_scale(finite_amax(x + row * q.k, q.k), q);
-        q.decode[row] = scale.decode;
-        quantize_nvfp4_rows<Source>(q, row, 1, scale);
-      }
-    });
-  }
-  Scratch<float, 0> row_amax(rows);
-  if (q.granularity == TENSOR) {
-    parallel(rows, 4 * grain, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) row_amax.data()[row] = finite_amax(x + row * q.k, q.k);
-    });
-  }
-  Scratch<TensorScale, 1> scales(q.matrices);
-  for (int64_t i = 0; i < q.matrices; ++i) {
-    float amax = static_cast<float>(q.static_amax);
-    if (q.granularity == TENSOR) {
-      amax = 0;
-      for (int64_t r = 0; r < q.rows; ++r) amax = std::max(amax, row_amax.data()[i * q.rows + r]);
-    }
-    scales.data()[i] = tensor_scale(amax, q);
-    q.decode[i] = scales.data()[i].decode;
-  }
+  return q;
+}
+
+template <class Body>
+void for_each_strip(const Quantize& q, const Body& body) {
+  constexpr int64_t span = 512;
+  const int64_t blocks = q.kp / 16, spans = std::max<int64_t>(1, (blocks + span - 1) / span);
   const int64_t groups = (q.rows + q.tile_rows - 1) / q.tile_rows;
-  parallel(q.matrices * groups, std::max<int64_t>(1, grain / q.tile_rows), [&](int64_t begin, int64_t end) {
-    for (int64_t group = begin; group < end; ++group) {
-      const int64_t matrix = group / groups, first = group % groups * q.tile_rows;
-      quantize_nvfp4_rows<Source>(q, matrix * q.rows + first, std::min(q.tile_rows, q.rows - first), scales.data()[matrix]);
+  const int64_t elements = std::max<int64_t>(16 * std::min(blocks, span) * q.tile_rows, 1);
+  parallel(q.matrices * groups * spans, std::max<int64_t>(1, 8192 / elements), [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t matrix = item / (groups * spans), first = item / spans % groups * q.tile_rows, from = item % spans * span;
+      body(Strip{matrix, matrix * q.rows + first, std::min(q.tile_rows, q.rows - first), from, std::min(blocks, from + span)});
     }
   });
+}
+
+// The scale of each matrix, its maximum taken in parts.
+template <class Source>
+void matrix_scales(const Quantize& q, TensorScale* out) {
+  constexpr int64_t part = 16384;
+  const int64_t count = q.rows * q.k, parts = q.granularity == TENSOR ? (count + part - 1) / part : 0;
+  Scratch<float, 0> amax(q.matrices * parts);
+  parallel(q.matrices * parts, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t from = item % parts * part;
+      const Source* x = static_cast<const Source*>(q.x) + item / parts * count + from;
+      amax.data()[item] = finite_amax(x, std::min(part, count - from));
+    }
+  });
+  for (int64_t i = 0; i < q.matrices; ++i) {
+    float most = q.granularity == TENSOR ? 0.0f : static_cast<float>(q.static_amax);
+    for (int64_t j = 0; j < parts; ++j) most = std::max(most, amax.data()[i * parts + j]);
+    out[i] = tensor_scale(most, q);
+  }
+}
+
+template <class Source>
+void quantize(const Quantize& given) {
+  const Quantize q = as_one_row(given);
+  if (q.format == MXFP4) {
+    std::fill(q.decode, q.decode + q.matrices, 1.0f);
+    for_each_strip(q, [&](const Strip& strip) { quantize_mxfp4_strip<Source>(q, strip); });
+  } else if (q.granularity == ROW) {
+    parallel(q.matrices * q.rows, std::max<int64_t>(1, 8192 / std::max<int64_t>(q.k, 1)), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        const TensorScale scale = tensor_scale(finite_amax(static_cast<const Source*>(q.x) + row * q.k, q.k), q);
+        q.decode[row] = scale.decode;
+        quantize_nvfp4_strip<Source>(q, Strip{0, row, 1, 0, q.kp / 16}, scale);
+      }
+    });
+  } else {
+    Scratch<TensorScale, 1> scales(q.matrices);
+    matrix_scales<Source>(q, scales.data());
+    for (int64_t i = 0; i < q.matrices; ++i) q.decode[i] = scales.data()[i].decode;
+    for_each_strip(q, [&](const Strip& strip) { quantize_nvfp4_strip<Source>(q, strip, scales.data()[strip.matrix]); });
+  }
 }
 
 }  // namespace
