@@ -76,14 +76,8 @@ def quantize_row(config: QuantConfig, dtype: torch.dtype, seconds: float) -> lis
     seed = torch.tensor(1)
     calls: list[Timed] = [lambda _: launch.quantize(x, config, seed=seed)[0], lambda _: x.clone()]
     (median, quartile), (copy, _) = microseconds(calls, 1, seconds)
-    cells = [config.describe(), str(dtype).removeprefix("torch."), f"{median:.0f}, {quartile:.0f}", f"{x.nbytes / quartile / 1e3:.1f}"]
-    return [*cells, f"{copy:.0f}"]
-        config.describe(),
-        str(dtype).removeprefix("torch."),
-        f"{median:.0f}, {quartile:.0f}",
-        f"{x.nbytes / quartile / 1e3:.1f}",
-        f"{copy:.0f}",
-    ]
+    read = f"{x.nbytes / quartile / 1e3:.1f}"
+    return [config.describe(), str(dtype).removeprefix("torch."), f"{median:.0f}, {quartile:.0f}", read, f"{copy:.0f}"]
 
 
 def main() -> None:
