@@ -82,6 +82,7 @@ HIGH = [
     ("classifier", "classifier head"),
     ("qa_outputs", "classifier head"),
     ("head", "classifier head"),
+    ("fc", "classifier head"),
     ("vit.embeddings.patch_embeddings.projection", "embedding"),
     ("patch_embed.proj", "embedding"),
     ("model.embed_tokens", "embedding"),
