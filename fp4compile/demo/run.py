@@ -117,7 +117,7 @@ def _summary(rows: Sequence[Row], table: str, device: torch.device, text: Tensor
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     parts = [
         f"Every matmul of the model, compiled with policy {rows[1].name}:\n\n{table}",
-        f"Perplexity on {len(text)} windows of {WINDOW} tokens, and size:\n\n{quality_table(rows)}",
+        f"Perplexity on {len(text)} x {WINDOW} tokens, and size:\n\n{quality_table(rows)}",
         "Changes are against the bf16 row. Its weights were already rounded to 4 bits once (Q4_1) when this checkpoint was packed,\n"
         "so they say what FP4 adds to that, not what it costs the original SmolLM2. Two policies closer than 0.03 are not told apart.",
         f"Speed on {place}, torch {torch.__version__}, best call of each row:\n\n{speed_table(rows)}",
