@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._inductor.compile_fx import compile_fx
 
 from fp4compile import capture, handoff
 from fp4compile.codegen.target import target_of
@@ -55,9 +57,17 @@ class Traced:
                 self.decided[name] += would_be.sites
             run(joint, _context(self.policy, record, names, training), PIPELINE, check=True)
 
-        compiled = handoff.trace_only(gm, inputs, transform=transform, fingerprint="test")
+        def inner(inner_gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[[list[Any]], Any]:
+            return make_boxed_func(lambda *args: self.execute(inner_gm, args))
+
+        patches = {"joint_custom_pre_pass": handoff.JointPass(transform, "test")}
+        compiled = compile_fx(gm, list(inputs), inner_compile=inner, config_patches=patches)
         self.graphs.append(record)
         return compiled
+
+    def execute(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        """Run a transformed forward or backward graph."""
+        return gm(*inputs)
 
 
 def _record(policy: Policy) -> GraphRecord:
