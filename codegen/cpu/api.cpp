@@ -53,7 +53,8 @@ int fp4_vector_level() {
 // Returns 0 when done, 1 when this build has no kernel for so many rows.
 int fp4_scaled_mm(const Product* product) {
   Product p = *product;
-  if (p.m > FEW_ROWS && fp4_vector_level() < 2) return 1;
+  const bool has_many = fp4_vector_level() == 2 && p.a_kind != FLOAT32;
+  if (p.m > FEW_ROWS && !has_many) return 1;
   const bool coded = p.a_kind == NVFP4 || p.a_kind == MXFP4;
   Scratch<uint16_t, 0> decoded(coded ? p.m * p.k : 0);
   if (coded) {
@@ -62,7 +63,7 @@ int fp4_scaled_mm(const Product* product) {
     p.a_kind = BFLOAT16;
     p.a_stride = p.k;
   }
-  p.m > FEW_ROWS ? product_of_many_rows(p) : product_of_few_rows(p);
+  has_many && p.m > FEW_ROWS_BESIDE_MANY ? product_of_many_rows(p) : product_of_few_rows(p);
   return 0;
 }
 

@@ -151,6 +151,7 @@ class Scratch {
 void store_row(const Product& p, const float* acc, int64_t row, int64_t first, int64_t count);
 
 constexpr int64_t FEW_ROWS = 8;
+constexpr int64_t FEW_ROWS_BESIDE_MANY = 5;  // where both kernels exist; measured on Zen 5: at 6 rows decoding into a panel has paid off
 void product_of_few_rows(const Product& p);   // gemv.cpp: M <= FEW_ROWS, float32 or bf16 activations
 void product_of_many_rows(const Product& p);  // gemm.cpp: any M, bf16 activations, vector level 2 only
 
