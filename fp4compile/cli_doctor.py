@@ -12,6 +12,7 @@ from typing import Any, Final
 import torch
 from tabulate import tabulate
 
+from fp4compile.codegen.cpu import launch
 from fp4compile.codegen.target import Target, target_of
 
 # (package, version prefix, target prefix, what goes wrong)
@@ -62,7 +63,8 @@ def diagnose() -> list[dict[str, str]]:
 
 def _target_row(target: Target) -> dict[str, str]:
     if target.device_type == "cpu":
-        return _row("cpu", platform.machine(), "ok", "W4A16 and W4A4 run in C++ kernels")
+        missing = launch.available()  # builds the kernels, once on a machine
+        return _row("cpu", platform.machine(), "note" if missing else "ok", missing or "W4A16 and W4A4 run in C++ kernels")
     how = (
         "native FP4 instructions exist; the kernels of this version emulate them"
         if target.has_fp4_mma
