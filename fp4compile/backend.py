@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from fp4compile import capture, handoff
 from fp4compile.codegen.registry import sources_of
 from fp4compile.codegen.target import target_of
 from fp4compile.options import Options
-from fp4compile.passes.base import PassContext
+from fp4compile.passes.base import Pass, PassContext
 from fp4compile.passes.pipeline import ANALYSIS, PIPELINE, run
 from fp4compile.passes.record import GraphRecord
 from fp4compile.passes.site import Decision, Site, is_backward
@@ -33,7 +34,7 @@ def fp4(
     target = target_of(capture.device_of(example_inputs), where='torch.compile(backend="fp4")')
     policy = load_policy(chosen.policy)
     record = GraphRecord(id=capture.compile_id(), training=False, target=target.name, policy=policy.name)
-    transform = _Transform(policy, chosen, capture.parameter_names(gm, example_inputs), record, PIPELINE)
+    transform = _Transform.of(gm, example_inputs, policy, chosen, record, PIPELINE)
 
     def after_fold(only_folded: Sequence[Any]) -> None:
         if chosen.free_weights and not record.training:
@@ -77,7 +78,7 @@ def explain(model: Callable[..., Any], *args: Any, policy: Any = "auto", strict:
     def dry_run(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         target = target_of(capture.device_of(example_inputs), where="explain")
         record = GraphRecord(id=capture.compile_id(), training=False, target=target.name, policy=loaded.name)
-        transform = _Transform(loaded, chosen, capture.parameter_names(gm, example_inputs), record, ANALYSIS)
+        transform = _Transform.of(gm, example_inputs, loaded, chosen, record, ANALYSIS)
         compiled = handoff.trace_only(gm, example_inputs, transform=transform, fingerprint="explain")
         records.append(record)  # at the end: Inductor may give up half-way and ask Dynamo for another graph
         return compiled
@@ -92,14 +93,26 @@ def explain(model: Callable[..., Any], *args: Any, policy: Any = "auto", strict:
     return Report(graphs=tuple(records))
 
 
+@dataclass(frozen=True, kw_only=True)
 class _Transform:
     """The pipeline over one joint graph, with its policy, options and record."""
 
-    def __init__(self, policy: Policy, options: Options, parameters: Mapping[int, str], record: GraphRecord, passes: Any) -> None:
-        self.policy, self.options, self.parameters, self.record, self.passes = policy, options, parameters, record, passes
+    policy: Policy
+    options: Options
+    record: GraphRecord
+    passes: Sequence[Pass]
+    parameters: Mapping[int, str]
+    buffers: frozenset[int]
+
+    @classmethod
+    def of(
+        cls, gm: fx.GraphModule, inputs: Sequence[Any], policy: Policy, options: Options, record: GraphRecord, passes: Sequence[Pass]
+    ) -> _Transform:
+        names, buffers = capture.parameter_names(gm, inputs), capture.buffer_positions(gm)
+        return cls(policy=policy, options=options, record=record, passes=passes, parameters=names, buffers=buffers)
 
     def __call__(self, gm: fx.GraphModule) -> None:
-        capture.mark_inputs(gm.graph)
+        capture.mark_inputs(gm.graph, self.buffers)
         record, target = self.record, target_of(capture.device_of([n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]))
         record.training = any(is_backward(node) for node in gm.graph.nodes)
         policy = self.policy.resolve_for(target, training=record.training)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import torch
@@ -24,20 +24,30 @@ def parameter_names(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[i
     return names
 
 
+def buffer_positions(gm: fx.GraphModule) -> frozenset[int]:
+    """Flat positions of the inputs of a Dynamo graph that are buffers of a module."""
+    placeholders = (n for n in gm.graph.nodes if n.op == "placeholder")
+    return frozenset(position for position, node in enumerate(placeholders) if "_buffers" in _source(node))
+
+
 def _source_name(node: fx.Node) -> str:
+    return readable_path(_source(node))
+
+
+def _source(node: fx.Node) -> str:
+    """As in `L['self']._modules['up']._buffers['mask']`."""
     source = getattr(node, "_dynamo_source", None)
     if source is None:
         return ""
     # A method before torch 2.12, a property since.
-    name = source.name() if callable(source.name) else source.name
-    return readable_path(str(name))
+    return str(source.name() if callable(source.name) else source.name)
 
 
-def mark_inputs(graph: fx.Graph) -> None:
-    """Note on each placeholder of an AOT graph which of Dynamo's inputs it is."""
+def mark_inputs(graph: fx.Graph, buffers: Container[int] = ()) -> None:
+    """Note on each placeholder of an AOT graph which of Dynamo's inputs it is, and whether it is a buffer."""
     for node in graph.nodes:
         if node.op == "placeholder" and isinstance(described := node.meta.get("desc"), PlainAOTInput):
-            set_input(node, described.idx)
+            set_input(node, described.idx, buffer=described.idx in buffers)
 
 
 def compile_id() -> str:

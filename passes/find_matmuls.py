@@ -31,6 +31,7 @@ _FACTORS = {
     aten.bmm.default: (0, 1),
     aten._grouped_mm.default: (0, 1),
 }
+_PARAMETERS_ONLY = "multiplies parameters, as when an adapter is merged: the result is a weight, and is quantized where it is used"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -129,7 +130,7 @@ def _matmul_site(node: fx.Node, facts: _Facts) -> Site:
         lhs=lhs,
         rhs=rhs,
         traits=traits_of(node, (lhs, rhs)),
-        refusal=_refusal(a, b, out, grouped_over_k, op, node) or _why_no_layer(lhs, rhs),
+        refusal=_refusal(a, b, out, grouped_over_k, op, node) or (_PARAMETERS_ONLY if node in facts.weights else ""),
     )
 
 
@@ -193,19 +194,13 @@ def _projected(operand: Operand, facts: _Facts) -> Operand:
 
 
 def _role(node: fx.Node, lhs: Operand, rhs: Operand, facts: _Facts) -> Role:
-    weights = (lhs.kind, rhs.kind).count(OperandKind.WEIGHT)
+    has_weight = OperandKind.WEIGHT in (lhs.kind, rhs.kind)
     if not is_backward(node):
-        return Role.FPROP if weights == 1 else Role.MATMUL
+        return Role.FPROP if has_weight and node not in facts.weights else Role.MATMUL
     forward = facts.forward_roles.get(node.meta.get("seq_nr", -1))
-    if weights:
+    if has_weight:
         return Role.DGRAD if forward in (Role.FPROP, None) else Role.MATMUL
     return Role.WGRAD if forward is Role.FPROP else Role.MATMUL
-
-
-def _why_no_layer(lhs: Operand, rhs: Operand) -> str:
-    if lhs.kind is rhs.kind is OperandKind.WEIGHT:
-        return "multiplies two parameters, as when an adapter is merged: the result is a weight, and is quantized where it is used"
-    return ""
 
 
 def _path(module: str, parameter: str) -> str:

@@ -122,7 +122,8 @@ def _name_of(node: fx.Node) -> tuple[str, str]:
 
 
 def _role_of(node: fx.Node, weights: Container[fx.Node]) -> Role:
-    return Role.FPROP if any(n in weights for n in node.all_input_nodes) else Role.MATMUL
+    """A layer's, unless its result is itself a weight, as a norm of one is."""
+    return Role.FPROP if any(n in weights for n in node.all_input_nodes) and node not in weights else Role.MATMUL
 
 
 def _reason_by_name(reasons: Mapping[str, str], name: str) -> str | None:

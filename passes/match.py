@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import fx
 
-from fp4compile.passes.site import fake_of, input_of
+from fp4compile.passes.site import fake_of, input_of, is_buffer
 
 aten = torch.ops.aten
 
@@ -36,6 +36,9 @@ _STILL_THE_WEIGHT = _SAME_VALUES | {
     aten.cat.default,
     operator.getitem,
 }
+
+
+_LOOK_UPS = {aten.embedding.default, aten.index.Tensor, aten.gather.default, aten.index_select.default}
 
 
 def underlying(node: fx.Node, axis: int) -> tuple[fx.Node, int]:
@@ -87,21 +90,25 @@ def computed_from_parameters(graph: fx.Graph, parameters: Iterable[int], *, also
     """Nodes whose value depends on parameters alone, so that it changes only when a parameter does. Nothing random counts.
 
     Nor does a parameter that the graph itself writes to, unless `also_written`: it is a weight, but its value is none to keep.
+    Buffers that it only reads, such as a mask on the weight, and literals may have part in a weight, but make none by themselves. What is
+    looked up in a table is no weight either: a position's embedding is an activation, though no input is in it.
     """
     known = set(parameters)
     found: set[fx.Node] = set()
-    written = set() if also_written else {node.args[0] for node in graph.nodes if node.target is aten.copy_.default}
+    fixed: set[fx.Node] = set()  # depends on such buffers and on literals alone
+    written = {node.args[0] for node in graph.nodes if node.target is aten.copy_.default}
     for node in graph.nodes:
         if node.op == "placeholder":
-            if input_of(node) in known and node not in written:
+            if input_of(node) in known and (also_written or node not in written):
                 found.add(node)
-        elif (
-            node.op == "call_function"
-            and node.all_input_nodes
-            and found.issuperset(node.all_input_nodes)
-            and not _is_random_or_impure(node)
-        ):
-            found.add(node)
+            elif is_buffer(node) and node not in written:
+                fixed.add(node)
+        elif node.op == "call_function" and not _is_random_or_impure(node):
+            inputs = node.all_input_nodes
+            if fixed.issuperset(inputs):
+                fixed.add(node)
+            elif all(n in found or n in fixed for n in inputs) and node.target not in _LOOK_UPS:
+                found.add(node)
     return found
 
 

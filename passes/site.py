@@ -14,7 +14,7 @@ from fp4compile.codegen.formats import QuantConfig
 Size = int | torch.SymInt
 EMPTY: Final = "a dimension is zero"
 
-_SITE, _PLAN, _INPUT, _CONSTANT, _KERNEL = "fp4_site", "fp4_plan", "fp4_input", "fp4_constant", "fp4_kernel"
+_SITE, _PLAN, _INPUT, _BUFFER, _CONSTANT, _KERNEL = "fp4_site", "fp4_plan", "fp4_input", "fp4_buffer", "fp4_constant", "fp4_kernel"
 
 
 class Role(StrEnum):
@@ -129,6 +129,11 @@ def input_of(node: fx.Node) -> int | None:
     return node.meta.get(_INPUT)
 
 
+def is_buffer(node: fx.Node) -> bool:
+    """Whether a placeholder is a module's buffer."""
+    return node.meta.get(_BUFFER, False)
+
+
 def constant_of(node: fx.Node) -> Constant | None:
     return node.meta.get(_CONSTANT)
 
@@ -145,8 +150,8 @@ def set_plan(node: fx.Node, plan: Plan) -> None:
     node.meta[_PLAN] = plan
 
 
-def set_input(node: fx.Node, position: int) -> None:
-    node.meta[_INPUT] = position
+def set_input(node: fx.Node, position: int, *, buffer: bool = False) -> None:
+    node.meta[_INPUT], node.meta[_BUFFER] = position, buffer
 
 
 def set_constant(node: fx.Node, constant: Constant) -> None:

@@ -27,10 +27,10 @@ def capture_graphs(
     found: list[Captured] = []
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        parameters = capture.parameter_names(gm, example_inputs)
+        parameters, buffers = capture.parameter_names(gm, example_inputs), capture.buffer_positions(gm)
 
         def keep(joint: fx.GraphModule) -> None:
-            capture.mark_inputs(joint.graph)
+            capture.mark_inputs(joint.graph, buffers)
             found.append(Captured(gm=copy_of(joint), parameters=parameters))
 
         return handoff.trace_only(gm, example_inputs, transform=keep, fingerprint="tests")

@@ -14,7 +14,10 @@ from fp4compile.report.folding import Folded, fold, unfolded, without_role
 
 _COLUMNS = ("matmul", "role", "M", "N", "K", "precision", "kernel", "because")
 _ALIGN = ("left", "left", "right", "right", "right", "left", "left", "left")
-_NOTHING = 'No graph compiled with backend="fp4" yet: call the compiled model once, or use fp4compile.explain(model, *args).'
+_NOTHING = (
+    'No graph compiled with backend="fp4" yet: call the compiled model once, or use fp4compile.explain(model, *args). '
+    "If that was done, Dynamo captured no graph and the model ran as it is: TORCH_LOGS=graph_breaks says why."
+)
 
 
 def as_text(graphs: Sequence[GraphRecord], *, folded: bool) -> str:

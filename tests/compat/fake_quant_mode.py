@@ -1,7 +1,7 @@
 """What a compiled model must equal: the model run eagerly, with every matmul's operands fake-quantized as it is dispatched.
 
-Nothing here looks at a graph. A tensor is a weight when it was computed from parameters alone, which the mode follows by storage while
-the model runs; a product is in the backward when autograd's engine is running.
+Nothing here looks at a graph. A tensor is a weight when it was computed from parameters and fixed buffers alone, which the mode follows
+by storage while the model runs; a product is in the backward when autograd's engine is running.
 """
 
 from __future__ import annotations
@@ -29,9 +29,11 @@ PRODUCTS = {
     "_scaled_dot_product_flash_attention_for_cpu": (0, 1), "_scaled_dot_product_attention_math": (0, 1),
 }  # fmt: skip
 _QUANTIZED = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm")
+_LOOK_UPS = ("embedding", "index", "gather", "index_select")  # a position's embedding is an activation, though no input is in it
 _VALUES_DO_NOT_MATTER = ("_like", "new_", "sym_")  # ones_like(weight) is no weight
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
+Shape = tuple[frozenset[int], int]
 Configs = tuple[QuantConfig | None, QuantConfig | None]
 
 
@@ -50,34 +52,43 @@ class Call:
 class FakeQuant(TorchDispatchMode):
     """Run the products of layers in `recipe` and keep a list of all products; without a recipe, only keep the list.
 
-    Forward: products with one weight, and convolutions with one whose kernel tiles the input. Backward: dgrad those with one weight,
-    wgrad those whose shape some layer's weight and tokens have.
+    Forward: products of a weight with what depends on inputs, and convolutions with one whose kernel tiles the input. Backward: those
+    whose sizes tell dgrad or wgrad of such a layer.
     """
 
     def __init__(self, model: torch.nn.Module | Iterable[Tensor], recipe: Recipe | None = None) -> None:
         super().__init__()
-        parameters = model.parameters() if isinstance(model, torch.nn.Module) else model
+        is_module = isinstance(model, torch.nn.Module)
         self.recipe = recipe
         self.calls: list[Call] = []
-        self.weights = {_storage(p): p for p in parameters}  # holding the tensors keeps their storages' addresses from being reused
-        self.layers: set[tuple[frozenset[int], int]] = set()  # ({N, K}, M)
+        # Holding the tensors keeps their storages' addresses from being reused.
+        self.weights = {_storage(p): p for p in (model.parameters() if is_module else model)}
+        self.fixed = {_storage(b): b for b in (model.buffers() if is_module else ())}  # buffers until written to, literals
+        self.layers: set[Shape] = set()  # sizes of the weight; what it does not share with the other operand
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name.split("::")[-1]
-        out = self._product(func, name, args, kwargs) if name in PRODUCTS else func(*args, **kwargs)
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        if inputs and all(map(self._is_weight, inputs)) and not any(part in name for part in _VALUES_DO_NOT_MATTER):
-            self.weights.update({_storage(t): t for t in tree_leaves(out) if isinstance(t, Tensor)})
+        known = [self._is_weight(t) or _storage(t) in self.fixed for t in inputs]
+        is_weight = all(known) and any(map(self._is_weight, inputs)) and name not in _LOOK_UPS
+        out = self._product(func, name, args, kwargs, is_weight) if name in PRODUCTS else func(*args, **kwargs)
+        results = {_storage(t): t for t in tree_leaves(out) if isinstance(t, Tensor)}
+        if func._schema.is_mutable:
+            self.fixed = {k: t for k, t in self.fixed.items() if k not in results}
+        elif is_weight and not any(part in name for part in _VALUES_DO_NOT_MATTER):
+            self.weights.update(results)
+        elif all(known):
+            self.fixed.update(results)
         return out
 
-    def _product(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def _product(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], is_weight: bool) -> Tensor:
         a, b = (args[i] for i in PRODUCTS[name])
         weights = (self._is_weight(a), self._is_weight(b))
-        call = _described(name, a, b, weights[0] != weights[1])
+        call, shape = _described(name, a, b, weights, is_weight, self.layers)
         self.calls.append(call)
         if call.is_layer and not call.backward:
-            self.layers.add((frozenset((call.n, call.k)), call.m))
+            self.layers.add(shape)
         configs = self._configs(call, weights)
         if configs == (None, None) or a.dtype not in _FLOATS or not a.numel() or not b.numel():
             return func(*args, **kwargs)
@@ -92,24 +103,28 @@ class FakeQuant(TorchDispatchMode):
 
     def _configs(self, call: Call, weights: tuple[bool, bool]) -> Configs:
         r = self.recipe
-        if r is None or call.op not in (*_QUANTIZED, "convolution"):
+        if r is None or not call.is_layer or call.op not in (*_QUANTIZED, "convolution"):
             return None, None
-        if call.is_layer:
+        if any(weights):
             of_weight, other = (r.dgrad_w, r.dgrad_dy) if call.backward else (r.fprop_w, r.fprop_x)
             return (of_weight if weights[0] else other, of_weight if weights[1] else other)
-        is_wgrad = call.backward and not any(weights) and (frozenset((call.m, call.n)), call.k) in self.layers
-        return (r.wgrad_x, r.wgrad_dy) if is_wgrad and call.op == "mm" else (None, None)
+        return (r.wgrad_x, r.wgrad_dy) if call.op == "mm" else (None, None)
 
     def _is_weight(self, t: Any) -> bool:
         return isinstance(t, Tensor) and _storage(t) in self.weights
 
 
-def _described(name: str, a: Tensor, b: Tensor, is_layer: bool) -> Call:
+def _described(name: str, a: Tensor, b: Tensor, weights: tuple[bool, bool], is_weight: bool, layers: set[Shape]) -> tuple[Call, Shape]:
     backward = torch._C._current_graph_task_id() != -1
     if name not in _QUANTIZED:
-        return Call(op=name, backward=backward, is_layer=is_layer)
-    batch = a.shape[0] if a.ndim == 3 else 1
-    return Call(op=name, backward=backward, is_layer=is_layer, m=batch * a.shape[-2], n=b.shape[-1], k=a.shape[-1])
+        return Call(op=name, backward=backward, is_layer=any(weights) and not is_weight and not backward), (frozenset(), 0)
+    m, n, k = (a.shape[0] if a.ndim == 3 else 1) * a.shape[-2], b.shape[-1], a.shape[-1]
+    if any(weights):
+        shape = (frozenset((m, k)), n) if weights[0] else (frozenset((n, k)), m)
+    else:
+        shape = (frozenset((m, n)), k)  # as wgrad has it: the result is as large as the weight, the sum runs over tokens
+    is_layer = shape in layers if backward else any(weights) and not is_weight
+    return Call(op=name, backward=backward, is_layer=is_layer, m=m, n=n, k=k), shape
 
 
 def _values(t: Tensor, config: QuantConfig | None, axis: int) -> Tensor:

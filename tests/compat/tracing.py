@@ -45,11 +45,11 @@ class Traced:
         return [row for graph in self.graphs for row in graph.sites]
 
     def _backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        names = capture.parameter_names(gm, inputs)
+        names, buffers = capture.parameter_names(gm, inputs), capture.buffer_positions(gm)
         record = _record(self.policy)
 
         def transform(joint: fx.GraphModule) -> None:
-            capture.mark_inputs(joint.graph)
+            capture.mark_inputs(joint.graph, buffers)
             training = any(is_backward(n) for n in joint.graph.nodes)
             for name, policy in self.also.items():
                 would_be = _record(policy)

@@ -89,12 +89,12 @@ def apply(
     result = Applied()
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        parameters = capture.parameter_names(gm, inputs)
+        parameters, buffers = capture.parameter_names(gm, inputs), capture.buffer_positions(gm)
         result.record = GraphRecord(id="0/0", training=training, target="cpu", policy="test")
         ctx = PassContext(decide=decide, target=target_of(torch.device("cpu")), record=result.record, parameters=parameters, strict=strict)
 
         def transform(joint: fx.GraphModule) -> None:
-            capture.mark_inputs(joint.graph)
+            capture.mark_inputs(joint.graph, buffers)
             run(joint, ctx, setup, check=True)
             done = len(result.record.passes)
             result.before = print_graph(joint)

@@ -238,7 +238,7 @@ def test_merging_an_adapter_is_no_layer_but_the_merged_weight_is_one() -> None:
     got = sites(nn.Sequential(MergedAdapter()), torch.randn(5, 32), training=True)
     merge, layer, *backward = got.sites
     assert (merge.name, merge.role, layer.name, layer.role) == ("0.b", "matmul", "0", "fprop")
-    assert merge.refusal.startswith("multiplies two parameters") and layer.rhs.kind == "weight"
+    assert merge.refusal.startswith("multiplies parameters") and layer.rhs.kind == "weight"
     assert [s.role for s in backward] == ["wgrad", "matmul", "matmul"]  # of the layer; of the two factors
 
 
@@ -261,6 +261,42 @@ def test_attention_from_learned_queries_is_attention_in_both_directions() -> Non
     assert {s.role for s in got.sites if s.op == "bmm"} == {"matmul"}
     assert all("attention" in s.traits for s in got.sites if s.op == "bmm")
     assert [s.role for s in got.sites if s.name == "kv"] == ["fprop", "wgrad"]
+
+
+class Masked(nn.Module):
+    """What a pruned layer multiplies by: a parameter under a mask that is a buffer."""
+
+    def __init__(self, writes: bool = False) -> None:
+        super().__init__()
+        self.w, self.writes = nn.Parameter(torch.randn(32, 32)), writes
+        self.register_buffer("mask", torch.ones(32, 32))
+
+    def forward(self, x):
+        if self.writes:
+            self.mask.mul_(x.sum() > 0)
+        return x @ (self.w * self.mask).tril()
+
+
+def test_a_parameter_under_a_fixed_mask_is_a_weight_and_under_a_changing_one_it_is_not() -> None:
+    (fixed,) = sites(Masked(), torch.randn(5, 32)).sites
+    (changing,) = sites(Masked(writes=True), torch.randn(5, 32)).sites
+    assert (fixed.role, fixed.rhs.kind) == ("fprop", "weight")
+    assert (changing.role, changing.rhs.kind) == ("matmul", "activation")
+
+
+def test_neither_a_buffer_nor_a_looked_up_embedding_is_a_weight() -> None:
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(7, 32)
+            self.register_buffer("frequencies", torch.randn(32, 3))
+            self.register_buffer("at", torch.arange(5))
+
+        def forward(self, x):
+            return x @ self.frequencies, x @ self.table(self.at).T, self.table.weight[:5] @ x.T
+
+    got = sites(Positions(), torch.randn(5, 32))
+    assert [s.role for s in got.sites] == ["matmul", "matmul", "fprop"]
 
 
 def test_golden_sites_do_not_change_the_graph(accept: bool) -> None:
