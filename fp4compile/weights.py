@@ -1,9 +1,9 @@
 """The weight store: each weight quantized once, shared by all compiled graphs, renewed when a parameter changes.
 
 An entry belongs to the parameters it was computed from (held weakly) and to a recipe. It is current while each parameter has the
-version counter and the memory address that it had; in-place updates, `load_state_dict`, optimizer steps and `param.data = ...` change
-one of them. Writes through `param.data.add_(...)` change neither, nor do in-place writes to parameters made under
-`torch.inference_mode()`, which have no version counter: after those, call `fp4compile.refresh(model)`.
+version counter and the memory address that it had; in-place updates, `load_state_dict` and `param.data = ...` change one of them.
+Optimizers that are a `torch.optim.Optimizer` are watched, since fused ones change neither. Nor do writes through `param.data.add_(...)`
+and in-place writes to parameters made under `torch.inference_mode()`: after those, call `fp4compile.refresh(model)`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from fp4compile.codegen.errors import Fp4CompileError
 
@@ -121,3 +123,12 @@ def _state(parameters: Sequence[Tensor]) -> State:
 
 
 STORE = WeightStore()
+
+
+@torch.compiler.disable
+def _after_optimizer_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Fused optimizers write to parameters without raising their version counters: every step counts as a change."""
+    STORE.refresh(p for group in optimizer.param_groups for p in group["params"])
+
+
+register_optimizer_step_post_hook(_after_optimizer_step)

@@ -12,6 +12,7 @@ from typing import ClassVar
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fp4compile.passes.base import Pass, PassContext, PassResult
 from fp4compile.passes.insert import call
@@ -51,8 +52,7 @@ def _split_sum(node: fx.Node) -> int:
         return 0
     bias, a, b = node.args
     beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
-    plain = node.target is aten.addmm.default and beta == 1 and alpha == 1
-    if plain and fake_of(bias).ndim == 1:  # type: ignore[arg-type]
+    if node.target is aten.addmm.default and beta == 1 and alpha == 1 and _is_vector(fake_of(bias), fake_of(node).shape[-1]):  # type: ignore[arg-type]
         return 0
     product = aten.mm.default if node.target is aten.addmm.default else aten.bmm.default
     with node.graph.inserting_before(node):
@@ -65,6 +65,11 @@ def _split_sum(node: fx.Node) -> int:
     node.replace_all_uses_with(value)
     node.graph.erase_node(node)
     return 1
+
+
+def _is_vector(bias: torch.Tensor, length: int | torch.SymInt) -> bool:
+    """Kernels read one bias a column: a single one for all of them is added outside."""
+    return bias.ndim == 1 and statically_known_true(bias.shape[0] == length)
 
 
 def merge_equal(graph: fx.Graph, targets: Container[object]) -> int:

@@ -83,6 +83,24 @@ def test_any_layout(layout: str) -> None:
     assert_same(linear(), LAYOUTS[layout]())
 
 
+BIASES = {
+    "one element": lambda: x(1),
+    "every second": lambda: x(48)[::2],
+    "expanded": lambda: x(1).expand(24),
+    "a matrix": lambda: x(5, 24),
+    "a column": lambda: x(5, 1),
+    "a scalar": lambda: x(1)[0],
+    "bfloat16, cast": lambda: x(24).bfloat16().float(),
+}
+
+
+@pytest.mark.parametrize("kind", BIASES)
+def test_any_bias(kind: str) -> None:
+    w, bias = nn.Parameter(x(40, 24)), BIASES[kind]()
+    for weights in ({}, {"beta": 0.5, "alpha": 2.0}):
+        assert_same(lambda given, weights=weights: torch.addmm(bias, given, w, **weights), x(), parameters=[w])
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_one_row_and_a_vector(dynamic: bool) -> None:
     assert_same(linear(), x(1, 40), dynamic=dynamic)

@@ -153,6 +153,24 @@ def test_weights_are_quantized_once_an_optimizer_step() -> None:
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(("kind", "lr"), [(torch.optim.AdamW, 0.05), (torch.optim.SGD, 10.0)], ids=["AdamW", "SGD"])
+def test_a_step_of_any_optimizer_makes_weights_be_quantized_anew(kind, lr: float, fused: bool) -> None:
+    """Fused optimizers write to parameters without raising their version counters."""
+    model, x = mlp(torch.float32), torch.randn(21, 40)
+    run, reference = torch.compile(model, backend="fp4", options={"policy": NEAREST}), with_recipe(copy.deepcopy(model), NEAREST_RECIPE)
+    optimizers = [kind(m.parameters(), lr=lr, fused=fused) for m in (model, reference)]
+    for _ in range(3):
+        outputs = [call(x) for call in (run, reference)]
+        assert relative(*(out.detach() for out in outputs)) < 2e-3
+        for out, optimizer in zip(outputs, optimizers, strict=True):
+            out.square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    with torch.no_grad():
+        assert relative(run(x), reference(x)) < 0.1 < relative(run(x), outputs[1])  # the graph for evaluation too
+
+
 def test_checkpointed_region_draws_once() -> None:
     """Recomputation must repeat no stochastic draw: the gradient equals that of the plain model under the same seed."""
 

@@ -45,6 +45,13 @@ def test_addmm_with_a_vector_bias_is_left_whole() -> None:
     assert got.count(aten.addmm.default) == 1 and got.changed == [0]
 
 
+def test_a_bias_of_one_element_is_added_outside_because_kernels_read_one_a_column() -> None:
+    c, a, b = torch.randn(1), torch.randn(4, 8), torch.randn(8, 6)
+    got = apply(lambda c, a, b: torch.addmm(c, a, b), c, a, b, passes=[Normalize()])
+    assert got.count(aten.addmm.default) == 0 and got.count(aten.mm.default) == 1
+    torch.testing.assert_close(got.output, torch.addmm(c, a, b))
+
+
 def test_forward_never_reads_a_merged_backward_view() -> None:
     # The verifier that `apply` runs after each pass raises if it did.
     got = apply(SharedInput(), torch.randn(2, 3, 32, dtype=torch.bfloat16), passes=[Normalize()], training=True)
