@@ -131,4 +131,4 @@ def _after_optimizer_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: d
     STORE.refresh(p for group in optimizer.param_groups for p in group["params"])
 
 
-register_optimizer_step_post_hook(_after_optimizer_step)
+register_optimizer_step_post_hook(_after_optimizer_step)  # type: ignore[arg-type]
