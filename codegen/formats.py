@@ -71,6 +71,14 @@ class Rounding(StrEnum):
     STOCHASTIC = "stochastic"
 
 
+class Layout(StrEnum):
+    """Where codes and scales lie in memory: a matter of speed alone, chosen per kernel and never by a policy. See `reference/layout.py`."""
+
+    PLAIN = "plain"
+    SWIZZLED = "swizzled"  # scales in the 128x4 blocks of cuBLAS and `tcgen05`, codes plain
+    TILED = "tiled"  # codes and scales in tiles of 16 rows and 128 columns, for weight-only products
+
+
 HADAMARD_SIZES: Final = (0, 16, 32, 64, 128)
 
 

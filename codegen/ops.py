@@ -1,7 +1,8 @@
 """The `fp4::` operators that passes put into a graph: schema, shapes, and one implementation per device.
 
 All are functional. Stochastic rounding is a function of its `seed` argument, so the operators themselves are pure and a compiler may
-save or move them freely; that a seed is never used twice is the passes' duty.
+save or move them freely; that a seed is never used twice is the passes' duty. A `Layout` other than "plain" changes where codes and
+scales lie, never their values: whoever sets it on `quantize` sets it on every product that reads them.
 """
 
 from __future__ import annotations
@@ -14,19 +15,21 @@ from torch import Tensor
 from torch.library import Library, register_fake
 
 from fp4compile.codegen.cpu import launch as cpu
-from fp4compile.codegen.formats import FORMATS, GlobalScale, QuantConfig, round_up
+from fp4compile.codegen.formats import FORMATS, GlobalScale, Layout, QuantConfig, round_up
+from fp4compile.codegen.reference.layout import laid_out_shapes, lay_out_ref, plain_ref, rows_of
 
 _LIB = Library("fp4", "DEF")
 # flexible_layout: every implementation reads strides, so Inductor never has to copy an input into another layout.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 _OPERANDS = "Tensor a, Tensor? a_scales, Tensor? a_global, Tensor b, Tensor? b_scales, Tensor? b_global"
+_LAYOUTS = "*, str a_layout='plain', str b_layout='plain'"
 _LIB.define(
     "quantize(Tensor x, int axis, str format, str block, str scale_rule, str global_scale, str rounding, int hadamard,"
-    " float? static_amax=None, Tensor? seed=None) -> (Tensor codes, Tensor scales, Tensor global_scale)",
+    " float? static_amax=None, Tensor? seed=None, *, str layout='plain') -> (Tensor codes, Tensor scales, Tensor global_scale)",
     tags=_TAGS,
 )
-_LIB.define(f"scaled_mm({_OPERANDS}, Tensor? bias, SymInt k, ScalarType out_dtype) -> Tensor", tags=_TAGS)
-_LIB.define(f"scaled_grouped_mm({_OPERANDS}, Tensor offs, SymInt k, ScalarType out_dtype) -> Tensor", tags=_TAGS)
+_LIB.define(f"scaled_mm({_OPERANDS}, Tensor? bias, SymInt k, ScalarType out_dtype, {_LAYOUTS}) -> Tensor", tags=_TAGS)
+_LIB.define(f"scaled_grouped_mm({_OPERANDS}, Tensor offs, SymInt k, ScalarType out_dtype, {_LAYOUTS}) -> Tensor", tags=_TAGS)
 _LIB.define("hadamard(Tensor x, int axis, int size) -> Tensor", tags=_TAGS)
 
 QUANTIZE: Final = torch.ops.fp4.quantize.default
@@ -49,27 +52,28 @@ def config_of(*args: object) -> QuantConfig:
 
 
 @register_fake("fp4::quantize", lib=_LIB)
-def _quantize_fake(x, axis, format, block, scale_rule, global_scale, rounding, hadamard, static_amax=None, seed=None):
+def _quantize_fake(x, axis, format, block, scale_rule, global_scale, rounding, hadamard, static_amax=None, seed=None, *, layout="plain"):
     fmt = FORMATS[format]
     rows, k = (x.shape[-2], x.shape[-1]) if axis == -1 else (x.shape[-1], x.shape[-2])
     batch = x.shape[:-2]
     padded = round_up(k, max(fmt.block, hadamard))
     per_row = (rows,) if global_scale == GlobalScale.ROW else ()
+    codes, scales = laid_out_shapes(rows, padded // 2, padded // fmt.block, layout)
     return (
-        x.new_empty((*batch, rows, padded // 2), dtype=torch.uint8),
-        x.new_empty((*batch, rows, padded // fmt.block), dtype=fmt.scale_dtype),
+        x.new_empty((*batch, *codes), dtype=torch.uint8),
+        x.new_empty((*batch, *scales), dtype=fmt.scale_dtype),
         x.new_empty((*batch, *per_row), dtype=torch.float32),
     )
 
 
 @register_fake("fp4::scaled_mm", lib=_LIB)
-def _scaled_mm_fake(a, a_scales, a_global, b, b_scales, b_global, bias, k, out_dtype):
-    return a.new_empty((*a.shape[:-1], b.shape[-2]), dtype=out_dtype)
+def _scaled_mm_fake(a, a_scales, a_global, b, b_scales, b_global, bias, k, out_dtype, *, a_layout="plain", b_layout="plain"):
+    return a.new_empty((*a.shape[:-1], rows_of(b, b_layout)), dtype=out_dtype)
 
 
 @register_fake("fp4::scaled_grouped_mm", lib=_LIB)
-def _scaled_grouped_mm_fake(a, a_scales, a_global, b, b_scales, b_global, offs, k, out_dtype):
-    return a.new_empty((a.shape[0], b.shape[-2]), dtype=out_dtype)
+def _scaled_grouped_mm_fake(a, a_scales, a_global, b, b_scales, b_global, offs, k, out_dtype, *, a_layout="plain", b_layout="plain"):
+    return a.new_empty((a.shape[0], rows_of(b, b_layout)), dtype=out_dtype)
 
 
 @register_fake("fp4::hadamard", lib=_LIB)
@@ -88,9 +92,23 @@ SHAPE_RULES: Final = {
 }
 
 
-def _quantize_cpu(x, axis, format, block, scale_rule, global_scale, rounding, hadamard, static_amax=None, seed=None):
+def _quantize_cpu(x, axis, format, block, scale_rule, global_scale, rounding, hadamard, static_amax=None, seed=None, *, layout="plain"):
     config = config_of(format, block, scale_rule, global_scale, rounding, hadamard, static_amax)
-    return cpu.quantize(x, config, axis=axis, seed=seed)
+    codes, scales, decode = cpu.quantize(x, config, axis=axis, seed=seed)
+    return (codes, scales, decode) if layout == Layout.PLAIN else (*lay_out_ref(codes, scales, layout), decode)
+
+
+def _product_cpu(multiply):
+    """No kernel of the CPU reads another layout than the plain one."""
+
+    def call(a, a_scales, a_global, b, b_scales, b_global, extra, k, out_dtype, *, a_layout="plain", b_layout="plain"):
+        if a_layout != Layout.PLAIN:
+            a, a_scales = plain_ref(a, a_scales, a_layout)
+        if b_layout != Layout.PLAIN:
+            b, b_scales = plain_ref(b, b_scales, b_layout)
+        return multiply(a, a_scales, a_global, b, b_scales, b_global, extra, k, out_dtype)
+
+    return call
 
 
 def _hadamard_cpu(x: Tensor, axis: int, size: int) -> Tensor:
@@ -98,8 +116,8 @@ def _hadamard_cpu(x: Tensor, axis: int, size: int) -> Tensor:
 
 
 _LIB.impl("quantize", _quantize_cpu, "CPU")
-_LIB.impl("scaled_mm", cpu.scaled_mm, "CPU")
-_LIB.impl("scaled_grouped_mm", cpu.scaled_grouped_mm, "CPU")
+_LIB.impl("scaled_mm", _product_cpu(cpu.scaled_mm), "CPU")
+_LIB.impl("scaled_grouped_mm", _product_cpu(cpu.scaled_grouped_mm), "CPU")
 _LIB.impl("hadamard", _hadamard_cpu, "CPU")
 
 

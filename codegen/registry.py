@@ -2,39 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import torch
+
+from fp4compile.codegen.formats import Layout
 from fp4compile.codegen.kernel_spec import KernelSpec, Unsupported
 from fp4compile.codegen.target import Target
+
+_PRODUCTS: Final = ("scaled_mm", "scaled_grouped_mm")
+
+
+def _any_operands(spec: KernelSpec) -> bool:
+    return True
+
+
+def _nvfp4_weight_only(spec: KernelSpec) -> bool:
+    return spec.lhs is None and spec.rhs is not None and spec.rhs.format == "nvfp4" and spec.dtype in (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, kw_only=True)
 class KernelFamily:
+    """Kernels behind one name. A family reads operands in the layouts it names, and plain ones too, for not every value has a choice."""
+
     name: str  # as reports print it
     device_type: str
     ops: tuple[str, ...]
     folder: str  # of its sources, below this package
     ending: str
+    capabilities: range | tuple[int, ...] = range(1000)  # 10 * major + minor
+    takes: Callable[[KernelSpec], bool] = _any_operands
+    a_layout: Layout = Layout.PLAIN
+    b_layout: Layout = Layout.PLAIN
 
     def supports(self, spec: KernelSpec, target: Target) -> bool:
-        return target.device_type == self.device_type and spec.op in self.ops
+        here = target.device_type == self.device_type and target.capability in self.capabilities
+        return here and spec.op in self.ops and self.takes(spec)
 
 
 FAMILIES: Final = (
-    KernelFamily(name="cpu", device_type="cpu", ops=("scaled_mm", "scaled_grouped_mm"), folder="cpu", ending=".cpp"),
-    KernelFamily(name="triton emulation", device_type="cuda", ops=("scaled_mm", "scaled_grouped_mm"), folder="kernels", ending=".py"),
-)
+    KernelFamily(name="cpu", device_type="cpu", ops=_PRODUCTS, folder="cpu", ending=".cpp"),
+    KernelFamily(
+        name="triton weight-only", device_type="cuda", ops=("scaled_mm",), folder="kernels", ending=".py",
+        capabilities=range(80, 100), takes=_nvfp4_weight_only, b_layout=Layout.TILED,
+    ),
+    KernelFamily(name="triton emulation", device_type="cuda", ops=_PRODUCTS, folder="kernels", ending=".py"),
+)  # fmt: skip
 
 
 def kernel_for(spec: KernelSpec, target: Target) -> str | Unsupported:
     """Name of the family that will run `spec` on `target`, or the reason why none does."""
-    for family in FAMILIES:
-        if family.supports(spec, target):
-            return family.name
-    return Unsupported(reason=f"no kernel for {spec.op} on {target.name}")
+    family = _family_for(spec, target)
+    return family.name if family else Unsupported(reason=f"no kernel for {spec.op} on {target.name}")
+
+
+def layouts_for(spec: KernelSpec, target: Target) -> tuple[Layout, Layout]:
+    """The layouts in which the family that runs `spec` reads A and B fastest."""
+    family = _family_for(spec, target)
+    return (family.a_layout, family.b_layout) if family else (Layout.PLAIN, Layout.PLAIN)
+
+
+def _family_for(spec: KernelSpec, target: Target) -> KernelFamily | None:
+    return next((family for family in FAMILIES if family.supports(spec, target)), None)
 
 
 def sources_of(names: Iterable[str]) -> dict[str, str]:

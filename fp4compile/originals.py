@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fp4compile.codegen import ops
 from fp4compile.codegen.errors import Fp4CompileError
 from fp4compile.codegen.reference.block import dequantize_ref
+from fp4compile.codegen.reference.layout import plain_ref
 from fp4compile.weights import STORE
 
 
@@ -59,7 +60,8 @@ def _decoded(name: str, parameter: Tensor) -> Tensor:
         source, axis, *_ = nodes[0].args
         if source.op != "placeholder" or ops.config_of(*nodes[0].args[2:-1]).hadamard:
             continue
-        decoded = dequantize_ref(*values)
+        codes, scales, global_scale = values
+        decoded = dequantize_ref(*plain_ref(codes, scales, nodes[0].kwargs.get("layout", "plain")), global_scale)
         decoded = decoded[..., : parameter.shape[axis]]
         return decoded if axis == -1 else decoded.mT
     raise CannotRestore(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 from torch import fx
 
 from fp4compile.codegen import ops
@@ -33,9 +35,13 @@ def _product_problems(node: fx.Node) -> list[str]:
     if plan is None or site is None:
         return ["a scaled product without its site"]
     found: list[str] = []
-    for config, codes, scales in ((plan.lhs, node.args[0], node.args[1]), (plan.rhs, node.args[3], node.args[4])):
+    for side, config, codes, scales in (("a", plan.lhs, node.args[0], node.args[1]), ("b", plan.rhs, node.args[3], node.args[4])):
         if (config is None) != (scales is None):
             found.append("an operand whose precision is not the planned one")
-        if scales is not None and codes.meta["val"].shape[-1] * 2 != scales.meta["val"].shape[-1] * config.fmt.block:  # type: ignore[union-attr]
+        source = scales.args[0] if isinstance(scales, fx.Node) and scales.target is operator.getitem else None
+        layout = node.kwargs.get(f"{side}_layout", "plain")
+        if isinstance(source, fx.Node) and source.target is ops.QUANTIZE and source.kwargs.get("layout", "plain") != layout:
+            found.append("an operand in another layout than its reader expects")
+        if scales is not None and layout == "plain" and codes.meta["val"].shape[-1] * 2 != scales.meta["val"].shape[-1] * config.fmt.block:  # type: ignore[union-attr]
             found.append("codes and scales of different length")
     return found

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from fp4compile.codegen.errors import UnsupportedDtype
-from fp4compile.codegen.formats import E2M1_MAX, GlobalScale, QuantConfig, Rounding, round_up
+from fp4compile.codegen.formats import E2M1_MAX, GlobalScale, Layout, QuantConfig, Rounding, round_up
 from fp4compile.codegen.kernels.launch_matmul import Operand, multiply, multiply_grouped
 from fp4compile.codegen.kernels.quantize import amax_kernel, hadamard_kernel, mxfp4_kernel, nvfp4_kernel
+from fp4compile.codegen.reference.layout import lay_out_ref, plain_ref
 from fp4compile.codegen.target import target_of
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -69,8 +70,13 @@ def quantize(
     hadamard: int,
     static_amax: float | None = None,
     seed: Tensor | None = None,
+    *,
+    layout: str = Layout.PLAIN,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`fp4::quantize`: see `reference.block.quantize_ref`, with which every bit agrees."""
+    if layout != Layout.PLAIN:
+        codes, scales, decode = quantize(x, axis, format, block, scale_rule, global_scale, rounding, hadamard, static_amax, seed)
+        return *lay_out_ref(codes, scales, layout), decode
     config = _config(format, block, scale_rule, global_scale, rounding, hadamard, static_amax)
     _check(x, "fp4::quantize", format)
     matrices = _Matrices.of(x, axis, config.k_multiple)
@@ -144,9 +150,16 @@ def scaled_mm(
     bias: Tensor | None,
     k: int,
     out_dtype: torch.dtype,
+    *,
+    a_layout: str = Layout.PLAIN,
+    b_layout: str = Layout.PLAIN,
 ) -> Tensor:
     """`fp4::scaled_mm`: see `reference.matmul.scaled_mm_ref`; the batch dimensions are those of `a`."""
     where = "fp4::scaled_mm"
+    if a_scales is not None:
+        a, a_scales = plain_ref(a, a_scales, a_layout)
+    if b_scales is not None:
+        b, b_scales = plain_ref(b, b_scales, b_layout)
     _known_target(a.device, where=where)
     out = a.new_empty((*a.shape[:-1], b.shape[-2]), dtype=out_dtype)
     if not out.numel():
@@ -176,9 +189,16 @@ def scaled_grouped_mm(
     offs: Tensor,
     k: int,
     out_dtype: torch.dtype,
+    *,
+    a_layout: str = Layout.PLAIN,
+    b_layout: str = Layout.PLAIN,
 ) -> Tensor:
     """`fp4::scaled_grouped_mm`: see `reference.grouped.scaled_grouped_mm_ref`; `offs` is read on the device only."""
     where = "fp4::scaled_grouped_mm"
+    if a_scales is not None:
+        a, a_scales = plain_ref(a, a_scales, a_layout)
+    if b_scales is not None:
+        b, b_scales = plain_ref(b, b_scales, b_layout)
     _known_target(a.device, where=where)
     out = a.new_empty((a.shape[0], b.shape[-2]), dtype=out_dtype)
     if not out.numel():

@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from fp4compile import capture, handoff
 from fp4compile.codegen.formats import QuantConfig
-from fp4compile.codegen.target import target_of
+from fp4compile.codegen.target import Target, target_of
 from fp4compile.passes.base import Pass, PassContext
 from fp4compile.passes.pipeline import run
 from fp4compile.passes.printer import print_graph
@@ -84,6 +84,7 @@ def apply(
     training: bool = False,
     dynamic: bool | None = None,
     strict: bool = False,
+    target: Target | None = None,
 ) -> Applied:
     """Trace `model`, run `setup`, then `passes` twice, and execute the rewritten graph operator by operator."""
     result = Applied()
@@ -91,7 +92,8 @@ def apply(
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         parameters, buffers = capture.parameter_names(gm, inputs), capture.buffer_positions(gm)
         result.record = GraphRecord(id="0/0", training=training, target="cpu", policy="test")
-        ctx = PassContext(decide=decide, target=target_of(torch.device("cpu")), record=result.record, parameters=parameters, strict=strict)
+        machine = target or target_of(torch.device("cpu"))
+        ctx = PassContext(decide=decide, target=machine, record=result.record, parameters=parameters, strict=strict)
 
         def transform(joint: fx.GraphModule) -> None:
             capture.mark_inputs(joint.graph, buffers)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
+from fp4compile.codegen.target import Target
+from fp4compile.passes.fold_weights import FoldWeights
 from fp4compile.passes.insert_quantize import InsertQuantize
 from fp4compile.passes.select_kernels import SelectKernels
-from tests.passes.harness import TwoLayers, apply, check_golden
-from tests.passes.linear_ref import BF16, SETUP
+from tests.passes.harness import W4A16, TwoLayers, apply, check_golden, decide_forward
+from tests.passes.linear_ref import BF16, SETUP, linear_ref
+
+HOPPER = Target(name="sm_90", device_type="cuda", capability=90)
+FOLDED = [*SETUP, InsertQuantize(), FoldWeights()]
 
 
 def test_select_kernels_names_the_family(accept: bool) -> None:
@@ -19,3 +25,27 @@ def test_select_kernels_names_the_family(accept: bool) -> None:
 def test_select_kernels_ignores_plain_matmuls() -> None:
     got = apply(TwoLayers(), torch.randn(5, 32, dtype=BF16), setup=SETUP, passes=[SelectKernels()])
     assert got.changed == [0]
+
+
+def test_a_weight_of_whole_tiles_is_laid_out_for_the_weight_only_kernel(accept: bool) -> None:
+    """Of the weights 32 x 128 and 20 x 32 the second has no whole tiles. The values stay what they were."""
+    model, x = nn.Sequential(nn.Linear(128, 32), nn.ReLU(), nn.Linear(32, 20)).bfloat16(), torch.randn(5, 128, dtype=BF16)
+    got = apply(model, x, setup=FOLDED, passes=[SelectKernels()], decide=decide_forward(W4A16), target=HOPPER)
+    check_golden("select_kernels/w4a16_hopper", got.before, got.after, accept)
+    assert got.changed == [2] and got.changed_again == [0]
+    assert got.after.count("layout='tiled'") == 2  # the quantize node and the b_layout of its reader
+    hidden = linear_ref(x, model[0], None).relu()
+    torch.testing.assert_close(got.output, linear_ref(hidden, model[2], None))
+
+
+def test_a_weight_that_is_quantized_anew_by_each_call_stays_plain() -> None:
+    got = apply(
+        TwoLayers(), torch.randn(5, 32, dtype=BF16), setup=[*SETUP, InsertQuantize()], passes=[SelectKernels()],
+        decide=decide_forward(W4A16), target=HOPPER,
+    )  # fmt: skip
+    assert got.changed == [2] and "layout=" not in got.after
+
+
+def test_emulated_products_of_two_quantized_operands_stay_plain() -> None:
+    got = apply(TwoLayers(), torch.randn(5, 32, dtype=BF16), setup=FOLDED, passes=[SelectKernels()], target=HOPPER)
+    assert got.changed == [2] and "layout=" not in got.after
