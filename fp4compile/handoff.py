@@ -15,7 +15,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from fp4compile.passes.fold_weights import CutConstant, cut_constants
 from fp4compile.passes.site import fake_of, input_of
-from fp4compile.weights import WeightFreed, WeightStore
+from fp4compile.weights import Reader, WeightFreed, WeightStore
 
 Transform = Callable[[fx.GraphModule], None]
 AfterFold = Callable[[Sequence[Any]], None]
@@ -106,14 +106,12 @@ def _compile_around_constants(
     static = set(kwargs.get("static_input_idxs", ()))
     kwargs["static_input_idxs"] = [new for new, old in enumerate(kept) if old in static] + [len(kept) + i for i in range(len(stored))]
     compiled = compile_fx_inner(gm, [*(inputs[i] for i in kept), *map(fake_of, stored)], **kwargs)
+    reader = Reader(store=store, cuts=cuts)
     first = True
 
     def run(args: list[Any]) -> Any:
         nonlocal first
-        call_args = [args[i] for i in kept]
-        for cut in cuts:
-            values = store.fetch(cut.recipe, [args[i] for i in cut.inputs], cut.compute)
-            call_args.extend([values[i] for i in cut.outputs])
+        call_args = [*[args[i] for i in kept], *reader.read(args)]
         if first:
             first = False
             after_fold([args[i] for i in folded])

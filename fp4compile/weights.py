@@ -18,8 +18,9 @@ from torch import Tensor, fx
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from fp4compile.codegen.errors import Fp4CompileError
+from fp4compile.passes.fold_weights import CutConstant
 
-State = tuple[tuple[int, int], ...]
+State = tuple[tuple[int, ...], ...]
 Key = tuple[str, tuple[int, ...]]  # recipe, identities of the parameters
 
 
@@ -38,11 +39,38 @@ class _Entry:
     compute: fx.GraphModule
 
 
+@dataclass(kw_only=True, eq=False)
+class Reader:
+    """All that one compiled graph reads from the store. A call whose parameters are as they were costs a glance at each."""
+
+    store: WeightStore
+    cuts: Sequence[CutConstant]
+    seen: State = ()
+    values: list[Tensor] | None = None  # let go whenever an entry of the store changes or dies
+
+    def __post_init__(self) -> None:
+        self.inputs = sorted({i for cut in self.cuts for i in cut.inputs})
+        self.store.readers.add(self)
+
+    def read(self, args: Sequence[Tensor]) -> list[Tensor]:
+        """The values of all cuts, in their order; `args` are the inputs of the graph as it was before the cuts."""
+        parameters = [args[i] for i in self.inputs]
+        state = tuple((id(p), *state) for p, state in zip(parameters, _state(parameters), strict=True))
+        if self.values is None or state != self.seen:
+            values: list[Tensor] = []
+            for cut in self.cuts:
+                fetched = self.store.fetch(cut.recipe, [args[i] for i in cut.inputs], cut.compute)
+                values += [fetched[i] for i in cut.outputs]
+            self.seen, self.values = state, values
+        return self.values
+
+
 @dataclass(kw_only=True)
 class WeightStore:
     """Maps (parameters, recipe) to quantized tensors."""
 
     entries: dict[Key, _Entry] = field(default_factory=dict)
+    readers: weakref.WeakSet[Reader] = field(default_factory=weakref.WeakSet)
     quantizations: int = 0  # how often a weight was quantized, for tests and reports
     freed: dict[int, weakref.ref[Tensor]] = field(default_factory=dict)
 
@@ -70,11 +98,18 @@ class WeightStore:
             values = old.values
         drop = weakref.WeakMethod(self._drop)
         references = tuple(weakref.ref(p, lambda _, key=key: (f := drop()) and f(key)) for p in parameters)
+        self._let_go()
         self.entries[key] = _Entry(parameters=references, values=values, state=_state(parameters), compute=compute)
         return values
 
     def _drop(self, key: Key) -> None:
+        self._let_go()
         self.entries.pop(key, None)
+
+    def _let_go(self) -> None:
+        """Readers ask again: what they hold may be old, or be all that keeps the codes of a dead model alive."""
+        for reader in self.readers:
+            reader.values = None
 
     def free(self, parameter: Tensor) -> int:
         """Release the memory of `parameter`, whose entries stay current. Returns the bytes released.
@@ -98,6 +133,7 @@ class WeightStore:
         self.freed.pop(id(parameter), None)
 
     def _swap(self, parameter: Tensor, data: Tensor) -> None:
+        self._let_go()
         parameter.data = data
         for entry in self._entries_of(parameter):
             entry.state = _state([p for ref in entry.parameters if (p := ref()) is not None])
@@ -110,6 +146,7 @@ class WeightStore:
         """Forget what was computed from `parameters`, so that the next call quantizes them again. Returns the entries forgotten."""
         wanted = {id(p) for p in parameters}
         stale = [key for key in self.entries if wanted & set(key[1])]
+        self._let_go()
         for key in stale:
             self.entries[key].state = ()
         return len(stale)

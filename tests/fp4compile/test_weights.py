@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import gc
+import weakref
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, fx, nn
 
 import fp4compile
 from fp4compile.codegen.formats import QuantConfig
 from fp4compile.codegen.reference.block import dequantize_ref, quantize_ref
-from fp4compile.weights import STORE
+from fp4compile.passes.fold_weights import CutConstant
+from fp4compile.weights import STORE, Reader, WeightStore
 
 BF16 = torch.bfloat16
 
@@ -202,3 +205,35 @@ def test_parameters_made_in_inference_mode_have_no_version_and_still_work() -> N
         model.up.weight.add_(0.5)
         fp4compile.refresh(model)
         close(run(x), expected(model, x))
+
+
+def test_a_call_with_unchanged_parameters_asks_for_no_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """210 weights a token: what a decoder pays for is a glance at each parameter. A dead model's codes are let go."""
+    fetched = 0
+    fetch = WeightStore.fetch
+
+    def counted(*args: Any) -> tuple[Tensor, ...]:
+        nonlocal fetched
+        fetched += 1
+        return fetch(*args)
+
+    monkeypatch.setattr(WeightStore, "fetch", counted)
+    double = CutConstant(compute=fx.symbolic_trace(lambda p: (2 * p,)), recipe="double", inputs=(0,), outputs=(0,))
+    store, parameter = WeightStore(), torch.nn.Parameter(torch.ones(2))
+    reader = Reader(store=store, cuts=[double])
+    for _ in range(3):
+        assert reader.read([parameter])[0].tolist() == [2, 2]
+    assert fetched == 1
+    with torch.no_grad():
+        parameter.add_(1)
+    assert reader.read([parameter])[0].tolist() == [4, 4] and fetched == 2
+    parameter.data = torch.zeros(2)
+    assert reader.read([parameter])[0].tolist() == [0, 0] and fetched == 3
+    store.refresh([parameter])
+    reader.read([parameter])
+    assert fetched == 4 and store.quantizations == 4
+    assert reader.values is not None
+    codes = weakref.ref(reader.values[0])
+    del parameter
+    gc.collect()
+    assert codes() is None and not store.entries
