@@ -11,6 +11,7 @@ import torch
 
 from fp4compile.codegen.formats import Layout
 from fp4compile.codegen.kernel_spec import KernelSpec, Unsupported
+from fp4compile.codegen.known_bad import Feature
 from fp4compile.codegen.target import Target
 
 _PRODUCTS: Final = ("scaled_mm", "scaled_grouped_mm")
@@ -37,6 +38,7 @@ class KernelFamily:
     takes: Callable[[KernelSpec], bool] = _any_operands
     a_layout: Layout = Layout.PLAIN
     b_layout: Layout = Layout.PLAIN
+    relies_on: frozenset[Feature] = frozenset()  # what its kernels ask of their compiler that some version of it gets wrong
 
     def supports(self, spec: KernelSpec, target: Target) -> bool:
         here = target.device_type == self.device_type and target.capability in self.capabilities
@@ -63,6 +65,17 @@ def layouts_for(spec: KernelSpec, target: Target) -> tuple[Layout, Layout]:
     """The layouts in which the family that runs `spec` reads A and B fastest."""
     family = _family_for(spec, target)
     return (family.a_layout, family.b_layout) if family else (Layout.PLAIN, Layout.PLAIN)
+
+
+def relied_on(names: Iterable[str]) -> frozenset[Feature]:
+    """What the families of these names rely on; names of no family count for nothing."""
+    wanted = set(names)
+    return frozenset().union(*(family.relies_on for family in FAMILIES if family.name in wanted))
+
+
+def families_on(target: Target) -> list[str]:
+    """Names of all families that may run something on `target`."""
+    return [f.name for f in FAMILIES if f.device_type == target.device_type and target.capability in f.capabilities]
 
 
 def _family_for(spec: KernelSpec, target: Target) -> KernelFamily | None:

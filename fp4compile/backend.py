@@ -10,7 +10,8 @@ import torch
 from torch import fx
 
 from fp4compile import capture, handoff
-from fp4compile.codegen.registry import sources_of
+from fp4compile.codegen.known_bad import check_versions
+from fp4compile.codegen.registry import relied_on, sources_of
 from fp4compile.codegen.target import target_of
 from fp4compile.options import Options
 from fp4compile.passes.base import Pass, PassContext
@@ -31,10 +32,16 @@ def fp4(
 ) -> Callable[..., Any]:
     """`torch.compile(model, backend="fp4")` ends here, once for each graph that Dynamo captures."""
     chosen = Options.parse(options, mode)
-    target = target_of(capture.device_of(example_inputs), where='torch.compile(backend="fp4")')
+    where = 'torch.compile(backend="fp4")'
+    target = target_of(capture.device_of(example_inputs), where=where)
+    check_versions(target, (), where=where)
     policy = load_policy(chosen.policy)
     record = GraphRecord(id=capture.compile_id(), training=False, target=target.name, policy=policy.name)
     transform = _Transform.of(gm, example_inputs, policy, chosen, record, PIPELINE)
+
+    def checked_transform(graph: fx.GraphModule) -> None:
+        transform(graph)
+        check_versions(target, relied_on(row.kernel for row in record.sites), where=where)
 
     def after_fold(only_folded: Sequence[Any]) -> None:
         if chosen.free_weights and not record.training:
@@ -43,7 +50,7 @@ def fp4(
     compiled = handoff.compile_with_inductor(
         gm,
         example_inputs,
-        transform=transform,
+        transform=checked_transform,
         fingerprint=chosen.fingerprint(policy.fingerprint()),
         mode=chosen.mode,
         inductor=dict(chosen.inductor),

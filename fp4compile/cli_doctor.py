@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import platform
 import shutil
-from typing import Any, Final
+from typing import Any
 
 import torch
 from tabulate import tabulate
 
 from fp4compile.codegen.cpu import launch
+from fp4compile.codegen.known_bad import TESTED, Feature, KnownBad, installed, is_too_old, is_unknown, known_bad
+from fp4compile.codegen.registry import families_on, relied_on
 from fp4compile.codegen.target import Target, target_of
-
-# (package, version prefix, target prefix, what goes wrong)
-KNOWN_BAD: Final = (
-    ("triton", "3.6", "sm_9", "tl.dot_scaled with e4m3 scales crashes the compiler; our kernels do not use it there"),
-    ("triton", "3.7", "sm_9", "tl.dot_scaled with e4m3 scales crashes the compiler; our kernels do not use it there"),
-    ("triton", "3.8", "sm_12", "dot_scaled is wrong for operands packed along M or N (triton issue 11733); ours are packed along K"),
-)
-TESTED: Final = {"torch": ("2.11", "2.13"), "triton": ("3.6", "3.9")}
 
 
 def add_parser(subparsers: Any) -> None:
@@ -57,7 +50,7 @@ def diagnose() -> list[dict[str, str]]:
             continue
         targets.append(target_of(torch.device("cuda", index)))
     rows += [_target_row(target) for target in targets]
-    rows += [_row(f"{package} {version}", target.name, "note", what) for target in targets for package, version, what in _known_bad(target)]
+    rows += [_known_bad_row(row, target) for target in targets for row in known_bad(target)]
     return rows
 
 
@@ -74,30 +67,28 @@ def _target_row(target: Target) -> dict[str, str]:
 
 
 def _version_row(package: str) -> dict[str, str]:
-    version = _installed(package)
+    version = installed(package)
     if not version:
-        return _row(
-            package, "not installed", "note" if package == "triton" else "bad", "needed for GPUs" if package == "triton" else "needed"
-        )
+        needed = package == "torch"
+        return _row(package, "not installed", "bad" if needed else "note", "needed" if needed else "needed for GPUs")
     low, high = TESTED[package]
-    known = _minor(low) <= _minor(version) <= _minor(high)
-    return _row(package, version, "ok" if known else "note", "" if known else f"tested from {low} to {high}; this version is unknown to us")
+    if is_too_old(package, version):
+        return _row(package, version, "bad", f"{low} or newer is needed; GPUs are refused with this version")
+    if is_unknown(package, version):
+        return _row(package, version, "note", f"tested from {low} to {high}; this version is unknown to us")
+    return _row(package, version, "ok", "")
 
 
-def _known_bad(target: Target) -> list[tuple[str, str, str]]:
-    return [(p, v, what) for p, v, t, what in KNOWN_BAD if _installed(p).startswith(v + ".") and target.name.startswith(t)]
-
-
-def _installed(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
-def _minor(version: str) -> tuple[int, int]:
-    major, minor = version.split("+")[0].split(".")[:2]
-    return int(major), int(minor)
+def _known_bad_row(row: KnownBad, target: Target) -> dict[str, str]:
+    """bad: `torch.compile(backend="fp4")` refuses what needs it. note: worth knowing, and nothing of ours is concerned."""
+    refused = row.feature in relied_on(families_on(target))
+    if refused:
+        ours = "compiling for it is refused"
+    elif row.feature is Feature.INDUCTOR:
+        ours = "every compiled model has these, whatever its backend"
+    else:
+        ours = "our kernels there do without"
+    return _row(f"{row.package} {installed(row.package)}", target.name, "bad" if refused else "note", f"{row}; {ours}")
 
 
 def _row(what: str, found: str, verdict: str, note: str) -> dict[str, str]:
