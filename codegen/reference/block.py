@@ -8,19 +8,25 @@ in bf16; A is taken over the finite values. MXFP4 is OCP Microscaling 1.0 with a
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fp4compile.codegen.formats import E2M1_MAX, E4M3_MAX, FP32_MAX, GlobalScale, QuantConfig, Rounding, ScaleRule, round_up
+from fp4compile.codegen.formats import QuantConfig, Rounding, ScaleRule, round_up
+from fp4compile.codegen.reference.block_scales import (
+    ONE_SIXTH,
+    Encoder,
+    block_error,
+    by_matrix,
+    encode_blocks,
+    encode_scale_of,
+    nearest_e4m3,
+    spread_over_tiles,
+    stored_scales,
+)
 from fp4compile.codegen.reference.e2m1 import decode_ref, encode_nearest_ref, encode_stochastic_ref, pack_ref, unpack_ref
 from fp4compile.codegen.reference.hadamard import hadamard_ref
 from fp4compile.codegen.reference.philox import philox_bytes_ref
-
-_ONE_SIXTH = torch.tensor(1 / 6, dtype=torch.float32).item()
-_NAN_BYTE = {torch.float8_e4m3fn: 0x7F, torch.float8_e8m0fnu: 0xFF}
 
 
 def quantize_ref(x: Tensor, config: QuantConfig, *, axis: int = -1, seed: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,9 +55,6 @@ def dequantize_ref(codes: Tensor, scales: Tensor, global_scale: Tensor | None = 
     return values * global_scale.reshape(*global_scale.shape, *(1,) * (values.ndim - global_scale.ndim))
 
 
-Encoder = Callable[[Tensor], Tensor]
-
-
 def _encoder(config: QuantConfig, x: Tensor, seed: Tensor | None) -> Encoder:
     if config.rounding is Rounding.NEAREST:
         return encode_nearest_ref
@@ -63,79 +66,26 @@ def _encoder(config: QuantConfig, x: Tensor, seed: Tensor | None) -> Encoder:
 def _quantize_nvfp4(x: Tensor, config: QuantConfig, encode: Encoder) -> tuple[Tensor, Tensor, Tensor]:
     finite = torch.isfinite(x)
     magnitude = x.abs()
-    encode_scale = _encode_scale(torch.where(finite, magnitude, 0.0), config)  # S
+    encode_scale = encode_scale_of(torch.where(finite, magnitude, 0.0), config)  # S
     decode_scale = 1 / encode_scale
-    by_block = encode_scale.reshape(*encode_scale.shape, *(1,) * (x.ndim - encode_scale.ndim))
+    by_block = by_matrix(encode_scale, x.ndim)
     decode_by_block = 1 / by_block
 
-    block_max = _spread_over_tiles(magnitude.unflatten(-1, (-1, 16)).amax(-1), config, torch.amax)  # b
-    target = block_max * (by_block * _ONE_SIXTH)
-    scale = _e4m3(target)
-    codes = _encode_blocks(x, scale, decode_by_block, encode)
+    block_max = spread_over_tiles(magnitude.unflatten(-1, (-1, 16)).amax(-1), config, torch.amax)  # b
+    target = block_max * (by_block * ONE_SIXTH)
+    scale = nearest_e4m3(target)
+    codes = encode_blocks(x, scale, decode_by_block, encode)
     if config.scale_rule is not ScaleRule.AMAX:
-        scale_4 = _e4m3(target * 1.5)
-        codes_4 = _encode_blocks(x, scale_4, decode_by_block, encode)
-        error_6 = _block_error(x * by_block, codes, scale, config)
-        error_4 = _block_error(x * by_block, codes_4, scale_4, config)
+        scale_4 = nearest_e4m3(target * 1.5)
+        codes_4 = encode_blocks(x, scale_4, decode_by_block, encode)
+        error_6 = block_error(x * by_block, codes, scale, config)
+        error_4 = block_error(x * by_block, codes_4, scale_4, config)
         take_4 = error_4 < error_6
         scale = torch.where(take_4, scale_4, scale)
         codes = torch.where(take_4.repeat_interleave(16, -1), codes_4, codes)
 
     # A NaN in the block maximum is any non-finite element of the block: amax keeps NaN, and Inf is caught here.
-    return codes, _store(scale, torch.isfinite(block_max), torch.float8_e4m3fn), decode_scale
-
-
-def _encode_scale(finite_magnitude: Tensor, config: QuantConfig) -> Tensor:
-    bound = E2M1_MAX * config.scale_rule.e4m3_bound
-    if config.global_scale is GlobalScale.STATIC:
-        amax = torch.full(finite_magnitude.shape[:-2], config.static_amax or 0.0, device=finite_magnitude.device)
-    else:
-        dims = (-1,) if config.global_scale is GlobalScale.ROW else (-2, -1)
-        amax = _amax_or_zero(finite_magnitude, dims)
-    # A tensor above the bar: torch computes `number / tensor` as a reciprocal and a product, which rounds twice.
-    quotient = amax.new_full((), bound) / amax
-    # Below A = 7.9e-36 the quotient would be Inf; the cap keeps it finite.
-    return torch.where(amax == 0, 1.0, quotient.clamp(max=FP32_MAX))
-
-
-def _amax_or_zero(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    kept = [s for i, s in enumerate(x.shape) if i - x.ndim not in dims]
-    return x.amax(dims) if x.numel() else x.new_zeros(kept)
-
-
-def _e4m3(target: Tensor) -> Tensor:
-    """float32 holding e4m3 values. The clamp comes first: the cast's own behaviour above 448 changed between torch versions."""
-    return target.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).float()
-
-
-def _encode_blocks(x: Tensor, scale: Tensor, decode_scale: Tensor, encode: Encoder) -> Tensor:
-    multiplier = (1 / (scale * decode_scale)).clamp(max=FP32_MAX)
-    return encode((x.unflatten(-1, (-1, 16)) * multiplier[..., None]).flatten(-2))
-
-
-def _block_error(x_encoded: Tensor, codes: Tensor, scale: Tensor, config: QuantConfig) -> Tensor:
-    """Error of each block against `x_encoded` = x S, so that neither tiny nor huge tensors leave float32's range when squared."""
-    difference = x_encoded.unflatten(-1, (-1, 16)) - decode_ref(codes).unflatten(-1, (-1, 16)) * scale[..., None]
-    if config.scale_rule is ScaleRule.FOUR_OVER_SIX_ABSMAX:
-        return _spread_over_tiles(difference.abs().amax(-1), config, torch.amax)
-    each = difference.abs() if config.scale_rule is ScaleRule.FOUR_OVER_SIX_MAE else difference * difference
-    return _spread_over_tiles(_sum_adjacent(each), config, lambda t, dim: _sum_adjacent(t.movedim(dim, -1)))
-
-
-def _sum_adjacent(x: Tensor) -> Tensor:
-    """Sum over the last dimension (16) as a tree of adjacent pairs: one fixed order, the same in every kernel."""
-    while x.shape[-1] > 1:
-        x = x[..., 0::2] + x[..., 1::2]
-    return x[..., 0]
-
-
-def _spread_over_tiles(per_block: Tensor, config: QuantConfig, reduce: Callable[..., Tensor]) -> Tensor:
-    """For 16x16 blocks: reduce (..., R, K/16) over groups of 16 rows and repeat the result on each of them."""
-    if not config.is_tile:
-        return per_block
-    rows = per_block.shape[-2]
-    tiles = F.pad(per_block, (0, 0, 0, round_up(rows, 16) - rows)).unflatten(-2, (-1, 16))
-    return reduce(tiles, dim=-2).repeat_interleave(16, -2)[..., :rows, :]
+    return codes, stored_scales(scale, torch.isfinite(block_max), torch.float8_e4m3fn), decode_scale
 
 
 def _quantize_mxfp4(x: Tensor, config: QuantConfig, encode: Encoder) -> tuple[Tensor, Tensor, Tensor]:
@@ -149,8 +99,3 @@ def _quantize_mxfp4(x: Tensor, config: QuantConfig, encode: Encoder) -> tuple[Te
     scales = torch.where(finite, byte, 0xFF).to(torch.uint8).view(torch.float8_e8m0fnu)
     return codes, scales, torch.ones(x.shape[:-2], device=x.device)
 
-
-def _store(scale: Tensor, finite: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scale bytes; NaN is written as the positive NaN byte, because x86 makes negative ones."""
-    stored = scale.to(dtype).view(torch.uint8)
-    return torch.where(finite, stored, _NAN_BYTE[dtype]).to(torch.uint8).view(dtype)
