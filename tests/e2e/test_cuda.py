@@ -118,6 +118,24 @@ def test_free_weights_on_the_gpu() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+def test_weight_only_products_read_tiled_weights_that_can_be_restored(dtype: torch.dtype) -> None:
+    """On Hopper and before it the store lays the weights out for the decode kernels; every number of rows multiplies the same codes."""
+    model = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 272, bias=False), nn.ReLU(), nn.Linear(272, 40)).to("cuda", dtype)
+    reference = with_recipe(copy.deepcopy(model), Recipe(fprop_x=None))
+    run = torch.compile(model, backend="fp4", options={"policy": "nvfp4_a16", "free_weights": True, "strict": True})
+    for rows in (1, 2, 7, 24, 100, 300, 2100):
+        x = torch.randn(rows, 256, device="cuda", dtype=dtype)
+        assert relative(run(x), reference(x)) < 8e-3, rows  # a few roundings to bf16
+    if torch.cuda.get_device_capability()[0] < 10:
+        assert {row.kernel for row in fp4compile.last_report().sites} == {"triton weight-only"}
+    assert fp4compile.restore(model) == 3
+    for rows in (1, 100):
+        x = torch.randn(rows, 256, device="cuda", dtype=dtype)
+        assert relative(run(x), model(x)) < 8e-3, rows
+
+
+@torch.no_grad()
 def test_llama_and_grouped_experts() -> None:
     transformers = pytest.importorskip("transformers")
     sizes = {
