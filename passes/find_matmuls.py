@@ -21,7 +21,7 @@ from fp4compile.passes.left_alone import bare_site, left_alone
 from fp4compile.passes.lower_convolutions import why_not_a_matmul
 from fp4compile.passes.match import aten, computed_from_gradients, computed_from_parameters, named_parameter, underlying
 from fp4compile.passes.module_path import module_of
-from fp4compile.passes.site import EMPTY, Operand, OperandKind, Role, Site, fake_of, input_of, is_backward, set_site
+from fp4compile.passes.site import EMPTY, NO_DEPTH, Operand, OperandKind, Role, Site, fake_of, input_of, is_backward, set_site
 from fp4compile.passes.traits import traits_of
 
 # Position of the two factors among the arguments.
@@ -31,6 +31,7 @@ _FACTORS = {
     aten.bmm.default: (0, 1),
     aten._grouped_mm.default: (0, 1),
 }
+_NO_LAYER = frozenset({"head", "router", "tied"})
 _PARAMETERS_ONLY = "multiplies parameters, as when an adapter is merged: the result is a weight, and is quantized where it is used"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -215,10 +216,14 @@ def _path(module: str, parameter: str) -> str:
 
 
 def _with_depth(sites: Mapping[fx.Node, Site]) -> dict[fx.Node, Site]:
-    """Number the layers that have a weight in forward order; a backward site takes number, path and traits of its forward."""
-    layers = [node for node, site in sites.items() if site.role is Role.FPROP]
+    """Number the layers in forward order; a backward site takes number, path and traits of its forward.
+
+    Heads and routers have a weight and are no layers: a share of the depth is one of what would be quantized.
+    """
+    weighted = [node for node, site in sites.items() if site.role is Role.FPROP]
+    layers = [node for node in weighted if _NO_LAYER.isdisjoint(sites[node].traits)]
     depth = {node: i for i, node in enumerate(layers)}
-    forward_of_seq = {node.meta["seq_nr"]: node for node in layers if "seq_nr" in node.meta}
+    forward_of_seq = {node.meta["seq_nr"]: node for node in weighted if "seq_nr" in node.meta}
     numbered: dict[fx.Node, Site] = {}
     for node, site in sites.items():
         forward = node if site.role is Role.FPROP else forward_of_seq.get(node.meta.get("seq_nr"))
@@ -228,7 +233,7 @@ def _with_depth(sites: Mapping[fx.Node, Site]) -> dict[fx.Node, Site]:
         origin = sites[forward]
         traits = site.traits | origin.traits  # a router's gradients reach no selection, and wgrad does not read the tied weight
         numbered[node] = replace(
-            site, depth=depth[forward], layers=len(layers), module=origin.module, class_name=origin.class_name, traits=traits
+            site, depth=depth.get(forward, NO_DEPTH), layers=len(layers), module=origin.module, class_name=origin.class_name, traits=traits
         )
     return numbered
 

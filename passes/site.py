@@ -13,6 +13,7 @@ from fp4compile.codegen.formats import QuantConfig
 
 Size = int | torch.SymInt
 EMPTY: Final = "a dimension is zero"
+NO_DEPTH: Final = -1
 
 _SITE, _PLAN, _INPUT, _BUFFER, _CONSTANT, _KERNEL = "fp4_site", "fp4_plan", "fp4_input", "fp4_buffer", "fp4_constant", "fp4_kernel"
 
@@ -56,11 +57,11 @@ class Site:
     k: Size
     batch: Size = 1
     dtype: torch.dtype
-    depth: int  # position of the layer among the graph's layers with a weight, from 0
-    layers: int  # how many such layers the graph has
+    depth: int  # position of the layer among the graph's layers, from 0; NO_DEPTH for heads and routers
+    layers: int  # how many layers the graph has
     lhs: Operand | None = None  # None where the site is never rewritten
     rhs: Operand | None = None
-    traits: frozenset[str] = frozenset()  # graph facts: "tied", "router", "attention"
+    traits: frozenset[str] = frozenset()  # graph facts: "tied", "router", "head", "attention"
     refusal: str = ""  # why no policy can quantize this site; empty where one may
 
     @property

@@ -18,7 +18,7 @@ from fp4compile.policy.pattern import compile_pattern, depth_range
 from fp4compile.policy.render import match_text, policy_text
 from fp4compile.policy.setting import BACKWARD, OPERANDS, Precision, Setting, configs_of
 
-TRAITS: Final = ("attention", "router", "tied")
+TRAITS: Final = ("attention", "head", "router", "tied")
 OPS: Final = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "convolution")
 
 
@@ -57,7 +57,7 @@ class Match:
             and (not self.op or site.op in self.op)
             and (not self.class_name or any(compile_pattern(c).fullmatch(site.class_name) for c in self.class_name))
             and (not self.trait or not site.traits.isdisjoint(self.trait))
-            and (not self.depth or (site.layers > 0 and site.depth in depth_range(self.depth, site.layers)))
+            and (not self.depth or (site.depth >= 0 and site.layers > 0 and site.depth in depth_range(self.depth, site.layers)))
             and _within(site.m, self.min_m, self.max_m)
             and _within(site.n, self.min_n, self.max_n)
             and _within(site.k, self.min_k, self.max_k)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import sympy
@@ -50,11 +50,19 @@ def coverage_of(graphs: Iterable[GraphRecord]) -> Coverage:
         quantized=quantized,
         kept=len(rows) - quantized - fallen,
         fallen_back=fallen,
-        flops_share=_flops_share(rows),
+        flops_share=_flops_share(rows, is_quantized),
         weight_share=in_four_bits / before if before else None,
         bytes_before=before,
         bytes_after=sum(row.bytes_after for row in weights.values()),
     )
+
+
+def share_of(rows: Sequence[SiteDecision], among: Sequence[SiteDecision]) -> tuple[float | None, float | None]:
+    """Shares of `rows` in the operations and in the weight bytes of `among`; None where nothing is known to divide by."""
+    weights = sum(row.bytes_before for row in among)
+    share = sum(row.bytes_before for row in rows) / weights if weights else None
+    part = {id(row) for row in rows}
+    return _flops_share(among, lambda row: id(row) in part), share
 
 
 def fallbacks_of(graphs: Iterable[GraphRecord]) -> tuple[Fallback, ...]:
@@ -68,14 +76,14 @@ def fallbacks_of(graphs: Iterable[GraphRecord]) -> tuple[Fallback, ...]:
     return tuple(sorted(found, key=lambda f: -f.count))
 
 
-def _flops_share(rows: list[SiteDecision]) -> float | None:
+def _flops_share(rows: Sequence[SiteDecision], counts: Callable[[SiteDecision], bool]) -> float | None:
     """Symbolic sizes cancel where all matmuls have them in common, as the number of tokens does in a model without attention's own."""
     flops = [(row, flops_of(row)) for row in rows]
     known = [(row, count) for row, count in flops if count is not None]
     total = sum(count for _, count in known)
     if not total:
         return None
-    share = sympy.cancel(sum(count for row, count in known if is_quantized(row)) / sympy.sympify(total))
+    share = sympy.cancel(sum(count for row, count in known if counts(row)) / sympy.sympify(total))
     return float(share) if share.is_number else None
 
 

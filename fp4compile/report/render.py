@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from tabulate import tabulate
 
 from fp4compile.passes.record import GraphRecord, SiteDecision
-from fp4compile.report.coverage import coverage_of, is_quantized
+from fp4compile.report.coverage import coverage_of, is_quantized, share_of
 from fp4compile.report.folding import Folded, fold, unfolded, without_role
 
 _COLUMNS = ("matmul", "role", "M", "N", "K", "precision", "kernel", "because")
@@ -45,13 +44,10 @@ def header_lines(graph: GraphRecord, *, stable: bool = False) -> list[str]:
         return [*lines, "no matmul in this graph: nothing to do"]
     cover = coverage_of([graph])
     counts = f"{cover.sites} matmuls: {cover.quantized} quantized, {cover.kept} kept, {cover.fallen_back} fell back"
-    # Rounded down, so that 100% is said of everything and of nothing less.
-    known = ((cover.flops_share, "operations"), (cover.weight_share, "weight bytes"))
-    shares = [f"{math.floor(1000 * share) / 10}% of {what}" for share, what in known if share is not None]
-    lines.append(counts + (f" ({', '.join(shares)})" if shares else ""))
+    lines.append(counts + _shares(cover.flops_share, cover.weight_share))
     lines += [line for line in (_savings(graph), "" if stable else _time(graph)) if line]
-    lines += _causes("kept", (row for row in graph.sites if not is_quantized(row) and not row.fallback))
-    lines += _causes("fell back", (row for row in graph.sites if row.fallback))
+    lines += _causes("kept", graph, lambda row: not is_quantized(row) and not row.fallback)
+    lines += _causes("fell back", graph, lambda row: row.fallback)
     return [*lines, f"dump in {graph.dump}"] if graph.dump and not stable else lines
 
 
@@ -72,9 +68,23 @@ def _time(graph: GraphRecord) -> str:
     return f"{len(graph.passes)} passes in {sum(p.milliseconds for p in graph.passes):.0f} ms" if graph.passes else ""
 
 
-def _causes(verdict: str, rows: Iterable[SiteDecision]) -> list[str]:
-    causes = Counter((row.precision, row.reason or "no reason given") for row in rows)
-    return [f"{verdict} in {precision}: {count} x {reason}" for (precision, reason), count in causes.most_common()]
+def _causes(verdict: str, graph: GraphRecord, concerned: Callable[[SiteDecision], bool]) -> list[str]:
+    """In training with shares: what pretraining keeps in high precision is a number that recipes state."""
+    causes: dict[tuple[str, str], list[SiteDecision]] = {}
+    for row in filter(concerned, graph.sites):
+        causes.setdefault((row.precision, row.reason or "no reason given"), []).append(row)
+    lines = []
+    for (precision, reason), found in sorted(causes.items(), key=lambda item: -len(item[1])):
+        shares = _shares(*share_of(found, graph.sites)) if graph.training else ""
+        lines.append(f"{verdict} in {precision}: {len(found)} x {reason}{shares}")
+    return lines
+
+
+def _shares(flops: float | None, weights: float | None) -> str:
+    # Rounded down, so that 100% is said of everything and of nothing less.
+    known = ((flops, "operations"), (weights, "weight bytes"))
+    shares = [f"{math.floor(1000 * share) / 10}% of {what}" for share, what in known if share is not None]
+    return f" ({', '.join(shares)})" if shares else ""
 
 
 def _table(rows: Sequence[SiteDecision], folded: bool, style: str) -> str:

@@ -156,7 +156,7 @@ class Router(nn.Module):
 def test_tied_head_is_known_from_the_graph() -> None:
     got = sites(TiedHead(), torch.randint(0, 64, (2, 5)))
     head = next(s for s in got.sites if s.n == 64)
-    assert head.traits == {"tied"} and got.site("up").traits == frozenset()
+    assert head.traits == {"tied", "head"} and got.site("up").traits == frozenset()
 
 
 def test_router_is_known_by_what_it_feeds() -> None:
@@ -303,3 +303,35 @@ def test_golden_sites_do_not_change_the_graph(accept: bool) -> None:
     got = sites(SharedInput(), torch.randn(2, 3, 32, dtype=torch.bfloat16))
     check_golden("find_matmuls/shared_input", got.before, got.after, accept)
     assert got.same_code
+
+
+class Scores(nn.Module):
+    def __init__(self, classes: int = 24, vocabulary: int = 24) -> None:
+        super().__init__()
+        self.table = nn.Embedding(vocabulary, 16)
+        self.first, self.square, self.last = nn.Linear(16, 24), nn.Linear(24, 24), nn.Linear(24, classes)
+
+    def forward(self, ids):
+        return self.last(torch.relu(self.square(torch.relu(self.first(self.table(ids))))))
+
+
+def traits_by_depth(model: nn.Module, *args) -> list[tuple[str, bool, int]]:
+    got = apply(model, *args, passes=[FindMatmuls()])
+    assert {s.layers for s in got.sites} == {sum("head" not in s.traits for s in got.sites)}
+    return [(s.name, "head" in s.traits, s.depth) for s in got.sites]
+
+
+def test_a_head_is_known_from_the_vocabulary_or_from_the_loss_and_is_no_layer() -> None:
+    ids = torch.randint(0, 24, (5,))
+    assert traits_by_depth(Scores(), ids) == [("first", False, 0), ("square", False, 1), ("last", True, -1)]
+    assert traits_by_depth(Scores(vocabulary=25), ids)[-1] == ("last", False, 2)
+
+    class WithLoss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Scores(classes=7)
+
+        def forward(self, ids, target):
+            return F.cross_entropy(self.inner(ids), target)
+
+    assert traits_by_depth(WithLoss(), ids, ids % 7)[-1] == ("inner.last", True, -1)

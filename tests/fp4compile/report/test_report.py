@@ -195,3 +195,10 @@ def test_folding_neither_loses_nor_invents_a_site(sites: set[tuple[int, int, str
 def test_experts_fold_over_both_numbers() -> None:
     rows = [row(f"model.layers.{i}.experts.{e}.w1") for i in range(3) for e in range(8)]
     assert [(f.name, f.count) for f in fold(rows)] == [("model.layers.{0..2}.experts.{0..7}.w1", 24)]
+
+
+def test_training_says_what_share_each_reason_keeps_in_high_precision() -> None:
+    late = [kept(f"layers.{i}.up", "among the last layers", n="128") for i in (6, 7)]
+    head = Report.of([graph(*LAYERS, *late, training=True)]).to_table()
+    # 2 * 128 of 30 * (128 + 32) + 2 * 128 columns; 2 of 62 weights
+    assert "2 x among the last layers (5.0% of operations, 3.2% of weight bytes)" in head
