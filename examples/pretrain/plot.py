@@ -1,0 +1,127 @@
+"""Loss curves and a table of final gaps out of the logs of pretrain.py.
+
+python examples/pretrain/plot.py runs
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from recipes import RECIPES
+from tabulate import tabulate
+
+from fp4compile.report.chart import Line, Panel, chart_svg
+
+BASE = "bf16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Losses by tokens seen, in nats a token."""
+
+    name: str
+    train: dict[int, float]
+    heldout: dict[int, float]
+    speed: float  # tokens a second, median
+
+    @classmethod
+    def read(cls, folder: Path) -> Run:
+        rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        speeds = sorted(row["speed"] for row in rows if "speed" in row)
+        return cls(
+            name=folder.name,
+            train={row["tokens"]: row["loss"] for row in rows if "loss" in row},
+            heldout={row["tokens"]: row["heldout"] for row in rows if "heldout" in row},
+            speed=speeds[len(speeds) // 2] if speeds else math.nan,
+        )
+
+    def smooth(self, share: float = 0.02) -> tuple[tuple[float, float], ...]:
+        """Training loss as means over `share` of the run, at least one step each."""
+        points = sorted(self.train.items())
+        size = max(round(share * len(points)), 1)
+        groups = [points[i : i + size] for i in range(0, len(points), size)]
+        return tuple((group[-1][0], sum(y for _, y in group) / len(group)) for group in groups)
+
+    def last(self, tokens: int, share: float = 0.05) -> float:
+        """Mean training loss over the last `share` of the run up to `tokens`."""
+        losses = [y for x, y in sorted(self.train.items()) if x <= tokens]
+        tail = losses[-max(round(share * len(losses)), 1) :]
+        return sum(tail) / len(tail)
+
+
+def write_comparison(out: Path) -> str:
+    """Write OUT/curves.svg and OUT/table.md from the runs in OUT; returns the table."""
+    logs = {path.parent.name for path in out.glob("*/log.jsonl") if path.stat().st_size}
+    runs = [Run.read(out / name) for name in (*(n for n in RECIPES if n in logs), *sorted(logs - set(RECIPES)))]
+    (out / "curves.svg").write_text(_curves(runs, out))
+    table = _table(runs)
+    (out / "table.md").write_text(table + "\n")
+    return table
+
+
+def _base(runs: Sequence[Run]) -> Run | None:
+    return next((run for run in runs if run.name == BASE), None)
+
+
+def _common(run: Run, base: Run) -> int | None:
+    """The last number of tokens at which both were held against the held-out text."""
+    return max(run.heldout.keys() & base.heldout.keys(), default=None)
+
+
+def _table(runs: Sequence[Run]) -> str:
+    base, rows = _base(runs), []
+    for run in runs:
+        at = _common(run, base or run)
+        if at is None:
+            rows.append([run.name, f"{max(run.train, default=0):,}", *["not comparable yet"] * 4, f"{run.speed:,.0f}"])
+            continue
+        heldout = [f"{run.heldout[at]:.4f}", *(_gap(run.heldout[at], base.heldout[at]) if base else ("", ""))]
+        rows.append([run.name, f"{at:,}", f"{run.last(at):.4f}", *heldout, f"{run.speed:,.0f}"])
+    headers = ("run", "tokens", "training loss", "held-out loss", "gap, nats", "gap", "tokens/s")
+    return tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True, colalign=("left", *["right"] * 6))
+
+
+def _gap(loss: float, base: float) -> tuple[str, str]:
+    return f"{loss - base:+.4f}", f"{100 * (loss / base - 1):+.2f}%"
+
+
+def _curves(runs: Sequence[Run], out: Path) -> str:
+    panels = [
+        Panel(title="training loss", x="tokens", y="nats a token", lines=tuple(Line(label=r.name, points=r.smooth()) for r in runs)),
+        Panel(
+            title="held-out loss",
+            x="tokens",
+            y="nats a token",
+            lines=tuple(Line(label=r.name, points=tuple(sorted(r.heldout.items()))) for r in runs),
+        ),
+    ]
+    base = _base(runs)
+    if base is not None and len(runs) > 1:
+        smooth = dict(base.smooth())
+        gaps = [(r, [(x, y - smooth[x]) for x, y in r.smooth() if x in smooth]) for r in runs if r is not base]
+        lines = tuple(Line(label=r.name, points=tuple(points)) for r, points in gaps)
+        seen = sorted(abs(y) for _, points in gaps for _, y in points[len(points) // 5 :]) or [1.0]
+        reach = 1.3 * seen[int(0.97 * (len(seen) - 1))] or 1.0  # the first steps are all noise
+        panels.append(Panel(title=f"training loss above {BASE}", x="tokens", y="nats a token", lines=lines, y_range=(-reach, reach)))
+    note = out / "settings.json"
+    subtitle = [", ".join(f"{k} {v}" for k, v in json.loads(note.read_text()).items())] if note.exists() else []
+    return chart_svg(panels, title="Pretraining", subtitle=subtitle)
+
+
+def main(argv: Sequence[str] | None = None) -> str:
+    """Returns the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="the --out of pretrain.py")
+    args = parser.parse_args(argv)
+    table = write_comparison(args.out)
+    print(table)
+    return table
+
+
+if __name__ == "__main__":
+    main()
