@@ -48,6 +48,7 @@ class ScaleRule(StrEnum):
     """How a block scale is chosen. `four_over_six*` tries mapping the block maximum to 6 and to 4 (arXiv 2512.02010)."""
 
     AMAX = "amax"
+    AMAX_17_16 = "amax_17_16"  # wider by 17/16, the most that e4m3 rounds a scale down: no value is clipped, so draws are unbiased
     FOUR_OVER_SIX = "four_over_six"  # lower squared error
     FOUR_OVER_SIX_MAE = "four_over_six_mae"
     FOUR_OVER_SIX_ABSMAX = "four_over_six_absmax"
@@ -55,7 +56,11 @@ class ScaleRule(StrEnum):
     @property
     def e4m3_bound(self) -> float:
         """Largest block scale the global scale aims at. 256 leaves room for the 1.5x candidate: 1.5 * 256 <= 448."""
-        return E4M3_MAX if self is ScaleRule.AMAX else 256.0
+        return E4M3_MAX if self in (ScaleRule.AMAX, ScaleRule.AMAX_17_16) else 256.0
+
+    @property
+    def tries_two(self) -> bool:
+        return self.startswith("four_over_six")
 
 
 class GlobalScale(StrEnum):
@@ -71,6 +76,13 @@ class Rounding(StrEnum):
     STOCHASTIC = "stochastic"
 
 
+class Signs(StrEnum):
+    """The signs that a Hadamard rotation multiplies with first. Both operands of a product have the same ones."""
+
+    FIXED = "fixed"  # TransformerEngine's vector, for all layers and steps
+    RANDOM = "random"  # drawn for each product in each backward
+
+
 class Layout(StrEnum):
     """Where codes and scales lie in memory: a matter of speed alone, chosen per kernel and never by a policy. See `reference/layout.py`."""
 
@@ -80,6 +92,11 @@ class Layout(StrEnum):
 
 
 HADAMARD_SIZES: Final = (0, 16, 32, 64, 128)
+
+
+_CHOICES: Final = (
+    ("block", Block), ("scale_rule", ScaleRule), ("global_scale", GlobalScale), ("rounding", Rounding), ("signs", Signs),
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,12 +113,13 @@ class QuantConfig:
     rounding: Rounding = Rounding.NEAREST
     hadamard: int = 0
     static_amax: float | None = None
+    signs: Signs = Signs.FIXED  # passes spell random ones as a product before the rotation: operators know the fixed ones only
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
             raise UnknownName(what="format", found=self.format, valid=FORMATS)
         object.__setattr__(self, "block", self.block or self.fmt.blocks[0])
-        for field, kind in (("block", Block), ("scale_rule", ScaleRule), ("global_scale", GlobalScale), ("rounding", Rounding)):
+        for field, kind in _CHOICES:
             value = getattr(self, field)
             if value not in list(kind):
                 raise UnknownName(what=field, found=str(value), valid=list(kind))
@@ -126,7 +144,12 @@ class QuantConfig:
                 "Use 16, or 0 for none.",
             ),
             (self.block not in fmt.blocks, f"block = {self.block}", blocks, "Use one of those, or another format."),
-            (mxfp4 and self._adaptive, rule, "MXFP4 scales are powers of two.", "Use scale_rule = 'amax', or format = 'nvfp4'."),
+            (
+                mxfp4 and self.scale_rule is not ScaleRule.AMAX,
+                rule,
+                "MXFP4 scales are powers of two.",
+                "Use scale_rule = 'amax', or format = 'nvfp4'.",
+            ),
             (mxfp4 and self.global_scale is not GlobalScale.TENSOR, scale, "MXFP4 has no global scale.", "Leave global_scale out."),
         )
 
@@ -134,10 +157,22 @@ class QuantConfig:
         stochastic = self.rounding is Rounding.STOCHASTIC
         return (
             (
-                self._adaptive and stochastic,
+                self.scale_rule not in (ScaleRule.AMAX, ScaleRule.AMAX_17_16) and stochastic,
                 f"scale_rule = {self.scale_rule} with rounding = stochastic",
                 "Choosing between two random draws is biased.",
-                "Use scale_rule = 'amax' on the stochastic operand.",
+                "Use scale_rule = 'amax' or 'amax_17_16' on the stochastic operand.",
+            ),
+            (
+                self.scale_rule is ScaleRule.AMAX_17_16 and not stochastic,
+                f"scale_rule = {self.scale_rule} with rounding = {self.rounding}",
+                "The wider scale only serves to make stochastic rounding unbiased; nearest rounding loses by it.",
+                "Use rounding = 'stochastic', or scale_rule = 'amax'.",
+            ),
+            (
+                self.signs is Signs.RANDOM and not self.hadamard,
+                "signs = random without hadamard",
+                "The signs belong to a rotation.",
+                "Give hadamard = 16, or leave signs out.",
             ),
             (
                 self.is_tile and self.hadamard != 0,
@@ -164,10 +199,6 @@ class QuantConfig:
         )
 
     @property
-    def _adaptive(self) -> bool:
-        return self.scale_rule is not ScaleRule.AMAX
-
-    @property
     def fmt(self) -> BlockFormat:
         return FORMATS[self.format]
 
@@ -189,6 +220,7 @@ class QuantConfig:
             "" if self.global_scale is GlobalScale.TENSOR else str(self.global_scale),
             "sr" if self.rounding is Rounding.STOCHASTIC else "",
             f"h{self.hadamard}" if self.hadamard else "",
+            "random signs" if self.signs is Signs.RANDOM else "",
         ]
         return "+".join(e for e in extras if e)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.library import Library, register_fake
 
 from fp4compile.codegen.cpu import launch as cpu
-from fp4compile.codegen.formats import FORMATS, GlobalScale, Layout, QuantConfig, round_up
+from fp4compile.codegen.formats import FORMATS, GlobalScale, Layout, QuantConfig, Signs, round_up
 from fp4compile.codegen.reference.layout import laid_out_shapes, lay_out_ref, plain_ref, rows_of
 
 _LIB = Library("fp4", "DEF")
@@ -41,6 +41,7 @@ HADAMARD: Final = torch.ops.fp4.hadamard.default
 def quantize_args(config: QuantConfig) -> tuple[object, ...]:
     """The operator arguments, after `x` and `axis`, that spell `config`."""
     c = config
+    assert c.signs is Signs.FIXED, "random signs are a product in front of the operator"
     return (c.format, str(c.block), str(c.scale_rule), str(c.global_scale), str(c.rounding), c.hadamard, c.static_amax)
 
 

@@ -31,7 +31,7 @@ _LOG: Final = logging.getLogger("fp4compile.codegen.cpu")
 # The numbers of `Kind` in common.h; a scale's dtype names the format.
 _KIND: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2, torch.float8_e8m0fnu: 3}
 _DENSE: Final = (torch.float32, torch.bfloat16)
-_RULE: Final = {"amax": 0, "four_over_six": 1, "four_over_six_mae": 2, "four_over_six_absmax": 3}
+_RULE: Final = {"amax": 0, "four_over_six": 1, "four_over_six_mae": 2, "four_over_six_absmax": 3, "amax_17_16": 4}
 _GRANULARITY: Final = {"tensor": 0, "row": 1, "static": 2}
 _FEW_ROWS: Final = 8
 _DECODED_AT_ONCE: Final = 1 << 21  # float32 weights handed to BLAS: 8 MiB, which stay in a cache

@@ -11,7 +11,9 @@ namespace {
 constexpr uint32_t INFINITE = 0x7F800000, MAGNITUDE = 0x7FFFFFFF;
 constexpr float LARGEST = 3.4028234663852886e38f, ONE_SIXTH = 1.0f / 6;
 
-enum Rule : int64_t { AMAX = 0, SQUARED = 1, ABSOLUTE = 2, MAXIMUM = 3 };
+enum Rule : int64_t { AMAX = 0, SQUARED = 1, ABSOLUTE = 2, MAXIMUM = 3, AMAX_17_16 = 4 };
+
+constexpr bool tries_two(Rule rule) { return rule != AMAX && rule != AMAX_17_16; }
 enum Granularity : int64_t { TENSOR = 0, ROW = 1, STATIC = 2 };
 
 // Field for field what launch.py packs.
@@ -195,7 +197,7 @@ struct TensorScale {
 };
 
 TensorScale tensor_scale(float amax, const Quantize& q) {
-  const float bound = 6 * (q.rule == AMAX ? 448.0f : 256.0f);
+  const float bound = 6 * (tries_two(q.rule) ? 256.0f : 448.0f);
   const float encode = amax == 0 ? 1.0f : std::min(bound / amax, LARGEST);
   return {encode, 1.0f / encode};
 }
@@ -254,8 +256,8 @@ void quantize_nvfp4_strip_by(const Quantize& q, const Strip& strip, const Tensor
     const Groups head(x, 16 * at, q.k);
     head.add_amax_bits(amax);
     for (int64_t r = 1; r < count; ++r) Groups(x + r * q.k, 16 * at, q.k).add_amax_bits(amax);
-    Choice choice(amax, tensor, 1);
-    if constexpr (rule != AMAX) take_better<rule>(q, x, 16 * at, count, tensor, Choice(amax, tensor, 1.5f), choice);
+    Choice choice(amax, tensor, rule == AMAX_17_16 ? 1.0625f : 1.0f);
+    if constexpr (tries_two(rule)) take_better<rule>(q, x, 16 * at, count, tensor, Choice(amax, tensor, 1.5f), choice);
     uint8_t bytes[16];
     for (int g = 0; g < 16; ++g) {
       bytes[g] = static_cast<uint8_t>(amax[g] >= INFINITE ? 0x7F : choice.byte[g]);
@@ -271,6 +273,7 @@ template <class Source>
 void quantize_nvfp4_strip(const Quantize& q, const Strip& strip, const TensorScale& tensor) {
   switch (q.rule) {
     case AMAX: return quantize_nvfp4_strip_by<AMAX, Source>(q, strip, tensor);
+    case AMAX_17_16: return quantize_nvfp4_strip_by<AMAX_17_16, Source>(q, strip, tensor);
     case SQUARED: return quantize_nvfp4_strip_by<SQUARED, Source>(q, strip, tensor);
     case ABSOLUTE: return quantize_nvfp4_strip_by<ABSOLUTE, Source>(q, strip, tensor);
     case MAXIMUM: return quantize_nvfp4_strip_by<MAXIMUM, Source>(q, strip, tensor);

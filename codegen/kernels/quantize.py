@@ -62,13 +62,15 @@ def nvfp4_kernel(
 
     largest = block_max(magnitude_bits(x), IS_TILE, BLOCK_R, GROUPS)  # [R, K/16], NaN above Inf above every number
     target = bits_float(largest) * (by_row * 0.1666666716337204)[:, None]  # float32(1/6)
+    if SCALE_RULE == "amax_17_16":
+        target = target * 1.0625
     byte = encode_e4m3(target)
     y = _into_range(x, byte, decode_by_row)
     if STOCHASTIC:
         codes = encode_stochastic(y, _random(seed_ptr, batch, row, k_tile, rows, padded_k, GROUPS))
     else:
         codes = encode_nearest(y)
-    if SCALE_RULE != "amax":
+    if SCALE_RULE != "amax" and SCALE_RULE != "amax_17_16":
         byte_4 = encode_e4m3(target * 1.5)
         codes_4 = encode_nearest(_into_range(x, byte_4, decode_by_row))
         scaled = x * by_row[:, None, None]

@@ -73,9 +73,11 @@ def _quantize_nvfp4(x: Tensor, config: QuantConfig, encode: Encoder) -> tuple[Te
 
     block_max = spread_over_tiles(magnitude.unflatten(-1, (-1, 16)).amax(-1), config, torch.amax)  # b
     target = block_max * (by_block * ONE_SIXTH)
+    if config.scale_rule is ScaleRule.AMAX_17_16:
+        target = target * (17 / 16)
     scale = nearest_e4m3(target)
     codes = encode_blocks(x, scale, decode_by_block, encode)
-    if config.scale_rule is not ScaleRule.AMAX:
+    if config.scale_rule.tries_two:
         scale_4 = nearest_e4m3(target * 1.5)
         codes_4 = encode_blocks(x, scale_4, decode_by_block, encode)
         error_6 = block_error(x * by_block, codes, scale, config)

@@ -28,6 +28,7 @@ CONFIGS = (
     QuantConfig(rounding="stochastic", global_scale="row"),
     QuantConfig(rounding="stochastic", block="16x16"),
     QuantConfig(rounding="stochastic", format="mxfp4"),
+    *(QuantConfig(scale_rule="amax_17_16", rounding="stochastic", global_scale=g) for g in ("tensor", "row")),
     QuantConfig(hadamard=16),
     QuantConfig(hadamard=128, format="mxfp4"),
     QuantConfig(hadamard=64, rounding="stochastic"),

@@ -97,6 +97,8 @@ def all_quantizations() -> list[dict[str, object]]:
         configs += [tile | {"rounding": rounding} for rounding in roundings]
         configs += [tile | {"scale_rule": rule} for rule in ADAPTIVE]
     configs += [{"format": "mxfp4", "rounding": r, "hadamard": h} for r, h in itertools.product(roundings, hadamards)]
+    wide = {"scale_rule": "amax_17_16", "rounding": "stochastic"}
+    configs += [wide, wide | {"hadamard": 16}, wide | {"global_scale": "row"}, wide | {"block": "16x16"}]
     return configs
 
 
