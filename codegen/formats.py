@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final
 
@@ -12,19 +12,27 @@ from fp4compile.codegen.errors import IllegalCombination, UnknownName
 
 E2M1_VALUES: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1_MAX: Final = 6.0
+INTEGER_VALUES: Final = tuple(float(v) for v in range(8))
 E4M3_MAX: Final = 448.0
 FP32_MAX: Final = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockFormat:
-    """A block-scaled 4-bit format: e2m1 elements, one scale per `block` of them along the contraction dimension."""
+    """A block-scaled 4-bit format: sign and magnitude, one scale per `block` of elements along the contraction dimension.
+
+    Where `flagged_values` are given, a scale byte is an e4m3 magnitude and its sign bit says which of the two tables its block reads.
+    The dtype of the scales tells operators how to decode, so such bytes have a dtype of their own and no kernel takes them for e4m3.
+    """
 
     name: str
     block: int
     blocks: tuple[str, ...]  # legal block shapes, the default first
     scale_dtype: torch.dtype
     has_global_scale: bool
+    values: tuple[float, ...] = E2M1_VALUES  # magnitudes of the codes 0..7
+    flagged_values: tuple[float, ...] = ()  # the same in a block whose scale has its sign bit set
+    in_hardware: bool = True  # block-scaled tensor cores multiply it
 
     @property
     def bits_per_value(self) -> float:
@@ -33,7 +41,19 @@ class BlockFormat:
 
 NVFP4: Final = BlockFormat(name="nvfp4", block=16, blocks=("1x16", "16x16"), scale_dtype=torch.float8_e4m3fn, has_global_scale=True)
 MXFP4: Final = BlockFormat(name="mxfp4", block=32, blocks=("1x32",), scale_dtype=torch.float8_e8m0fnu, has_global_scale=False)
-FORMATS: Final = {f.name: f for f in (NVFP4, MXFP4)}
+# arXiv 2605.31035: each block is e2m1 or integers. NVINT4 is the same with every block flagged.
+MIXFP4: Final = BlockFormat(
+    name="mixfp4", block=16, blocks=("1x16",), scale_dtype=torch.uint8, has_global_scale=True,
+    flagged_values=INTEGER_VALUES, in_hardware=False,
+)  # fmt: skip
+NVINT4: Final = replace(MIXFP4, name="nvint4")
+# arXiv 2603.28765: integers are decoded times 6/7, so that both kinds of block share one scale. No binary fraction is 6/7: here the global
+# scale carries the 1/7, and the elements the rest, so that element times scale is exact in 9 bits (float16, TF32; not bfloat16).
+IF4: Final = replace(
+    MIXFP4, name="if4", scale_dtype=torch.int8,
+    values=tuple(7 * v for v in E2M1_VALUES), flagged_values=tuple(6 * v for v in INTEGER_VALUES),
+)  # fmt: skip
+FORMATS: Final = {f.name: f for f in (NVFP4, MXFP4, MIXFP4, IF4, NVINT4)}
 
 
 class Block(StrEnum):
@@ -52,6 +72,10 @@ class ScaleRule(StrEnum):
     FOUR_OVER_SIX = "four_over_six"  # lower squared error
     FOUR_OVER_SIX_MAE = "four_over_six_mae"
     FOUR_OVER_SIX_ABSMAX = "four_over_six_absmax"
+    SWEEP = "sweep"  # least squared error of the e4m3 scales around the usual one
+    SOAR = "soar"  # arXiv 2605.12245: global scale and block scales in closed form, in turns
+    SOAR_DECOUPLED = "soar_decoupled"  # and then the better neighbour of each block scale
+    LOCAL_HESSIAN = "local_hessian"  # a sweep by the error of the layer's output; needs calibration
 
     @property
     def e4m3_bound(self) -> float:
@@ -74,6 +98,7 @@ class GlobalScale(StrEnum):
 class Rounding(StrEnum):
     NEAREST = "nearest"  # ties to the even code
     STOCHASTIC = "stochastic"
+    GPTQ = "gptq"  # column by column, each error handed on to those that follow; needs calibration
 
 
 class Signs(StrEnum):
@@ -92,6 +117,14 @@ class Layout(StrEnum):
 
 
 HADAMARD_SIZES: Final = (0, 16, 32, 64, 128)
+_SOAR: Final = (ScaleRule.SOAR, ScaleRule.SOAR_DECOUPLED)
+_OFFLINE: Final = (ScaleRule.SWEEP, *_SOAR, ScaleRule.LOCAL_HESSIAN)
+# Scale rules that compare by squared error, as the choice between two kinds of block does.
+_FLAGGED_RULES: Final = {
+    "mixfp4": (ScaleRule.AMAX, ScaleRule.FOUR_OVER_SIX, ScaleRule.SWEEP),
+    "if4": (ScaleRule.AMAX, ScaleRule.SWEEP),
+    "nvint4": (ScaleRule.AMAX, ScaleRule.SWEEP),
+}
 
 
 _CHOICES: Final = (
@@ -129,7 +162,14 @@ class QuantConfig:
 
     def _conflicts(self) -> list[tuple[str, str, str]]:
         """(what was found, what is needed, what to do) of every pair of settings that exclude each other."""
-        rows = (*self._format_conflicts(), *self._pair_conflicts(), *self._static_conflicts())
+        rows = (
+            *self._calibration_conflicts(),
+            *self._format_conflicts(),
+            *self._flagged_conflicts(),
+            *self._pair_conflicts(),
+            *self._soar_conflicts(),
+            *self._static_conflicts(),
+        )
         return [(found, needed, advice) for holds, found, needed, advice in rows if holds]
 
     def _format_conflicts(self) -> tuple[tuple[bool, str, str, str], ...]:
@@ -151,6 +191,44 @@ class QuantConfig:
                 "Use scale_rule = 'amax', or format = 'nvfp4'.",
             ),
             (mxfp4 and self.global_scale is not GlobalScale.TENSOR, scale, "MXFP4 has no global scale.", "Leave global_scale out."),
+        )
+
+    def _calibration_conflicts(self) -> tuple[tuple[bool, str, str, str], ...]:
+        needed = "It needs a calibration artefact, the second moments of the layer's input."
+        advice = "Use scale_rule = 'sweep', which needs no data."
+        return (
+            (self.scale_rule is ScaleRule.LOCAL_HESSIAN, "scale_rule = local_hessian", needed, advice),
+            (self.rounding is Rounding.GPTQ, "rounding = gptq", needed, advice),
+        )
+
+    def _flagged_conflicts(self) -> tuple[tuple[bool, str, str, str], ...]:
+        legal = _FLAGGED_RULES.get(self.format, tuple(ScaleRule))
+        return (
+            (
+                self.scale_rule not in legal,
+                f"scale_rule = {self.scale_rule}",
+                f"{self.format} has {' or '.join(legal)}.",
+                "Use one of those, or format = 'nvfp4'.",
+            ),
+            (
+                bool(self.fmt.flagged_values) and self.rounding is Rounding.STOCHASTIC,
+                "rounding = stochastic",
+                "Choosing the kind of a block between two random draws is biased.",
+                "Use format = 'nvfp4' on the stochastic operand.",
+            ),
+        )
+
+    def _soar_conflicts(self) -> tuple[tuple[bool, str, str, str], ...]:
+        soar, found = self.scale_rule in _SOAR, f"scale_rule = {self.scale_rule}"
+        advice = "Use scale_rule = 'sweep'"
+        return (
+            (soar and self.is_tile, f"{found} with block = 16x16", "Its closed form solves blocks of one row.", f"{advice}."),
+            (
+                soar and self.global_scale is GlobalScale.STATIC,
+                f"{found} with global_scale = static",
+                "It chooses the global scale itself.",
+                f"{advice}, or global_scale = 'tensor'.",
+            ),
         )
 
     def _pair_conflicts(self) -> tuple[tuple[bool, str, str, str], ...]:
@@ -197,6 +275,11 @@ class QuantConfig:
             (lonely, found, "A static scale and its calibrated amax come together.", "Give both or neither."),
             (unusable, f"static_amax = {amax}", "It must be positive and finite.", "Calibrate again."),
         )
+
+    @property
+    def is_offline(self) -> bool:
+        """Whether it is computed in plain PyTorch, once a weight: such a search has no kernel and is too slow for activations."""
+        return self.scale_rule in _OFFLINE or bool(self.fmt.flagged_values)
 
     @property
     def fmt(self) -> BlockFormat:

@@ -16,6 +16,7 @@ from torch.library import Library, register_fake
 
 from fp4compile.codegen.cpu import launch as cpu
 from fp4compile.codegen.formats import FORMATS, GlobalScale, Layout, QuantConfig, Signs, round_up
+from fp4compile.codegen.reference.block import quantize_ref
 from fp4compile.codegen.reference.layout import laid_out_shapes, lay_out_ref, plain_ref, rows_of
 
 _LIB = Library("fp4", "DEF")
@@ -93,6 +94,19 @@ SHAPE_RULES: Final = {
 }
 
 
+def _or_offline(by_kernel):
+    """`fp4::quantize` of one device: what no kernel computes, a search that runs once a weight, is plain PyTorch on every device."""
+
+    def call(x, axis, format, block, scale_rule, global_scale, rounding, hadamard, static_amax=None, seed=None, *, layout="plain"):
+        config = config_of(format, block, scale_rule, global_scale, rounding, hadamard, static_amax)
+        if not config.is_offline:
+            return by_kernel(x, axis, *quantize_args(config), seed, layout=layout)
+        codes, scales, decode = quantize_ref(x, config, axis=axis)
+        return *lay_out_ref(codes, scales, layout), decode
+
+    return call
+
+
 def _quantize_cpu(x, axis, format, block, scale_rule, global_scale, rounding, hadamard, static_amax=None, seed=None, *, layout="plain"):
     config = config_of(format, block, scale_rule, global_scale, rounding, hadamard, static_amax)
     codes, scales, decode = cpu.quantize(x, config, axis=axis, seed=seed)
@@ -116,7 +130,7 @@ def _hadamard_cpu(x: Tensor, axis: int, size: int) -> Tensor:
     return cpu.hadamard(x, size) if axis == -1 else cpu.hadamard(x.mT, size).mT.contiguous()
 
 
-_LIB.impl("quantize", _quantize_cpu, "CPU")
+_LIB.impl("quantize", _or_offline(_quantize_cpu), "CPU")
 _LIB.impl("scaled_mm", _product_cpu(cpu.scaled_mm), "CPU")
 _LIB.impl("scaled_grouped_mm", _product_cpu(cpu.scaled_grouped_mm), "CPU")
 _LIB.impl("hadamard", _hadamard_cpu, "CPU")
@@ -133,5 +147,6 @@ def _on_cuda(name: str):
     return call
 
 
-for _name in ("quantize", "scaled_mm", "scaled_grouped_mm", "hadamard"):
+_LIB.impl("quantize", _or_offline(_on_cuda("quantize")), "CUDA")
+for _name in ("scaled_mm", "scaled_grouped_mm", "hadamard"):
     _LIB.impl(_name, _on_cuda(_name), "CUDA")

@@ -111,7 +111,8 @@ def scaled_mm(
     kernels = kernels or _native()
     if isinstance(kernels, str):
         return scaled_mm_ref(a, a_scales, a_global, b, b_scales, b_global, bias, k, out_dtype)
-    if b_scales is None or b.ndim != 2 or a.ndim < 2 or not (bias is None or (bias.ndim == 1 and bias.dtype in _DENSE)):
+    known = all(scales is None or scales.dtype in _KIND for scales in (a_scales, b_scales))
+    if not known or b_scales is None or b.ndim != 2 or a.ndim < 2 or not (bias is None or (bias.ndim == 1 and bias.dtype in _DENSE)):
         return _through_blas(kernels, a, a_scales, a_global, b, b_scales, b_global, bias, k, out_dtype)
     if a.ndim > 2:
         a_global = _rowwise(a_global, a)

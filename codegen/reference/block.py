@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fp4compile.codegen.formats import QuantConfig, Rounding, ScaleRule, round_up
+from fp4compile.codegen.reference.block_kinds import decode_blocks_ref
 from fp4compile.codegen.reference.block_scales import (
     ONE_SIXTH,
     Encoder,
@@ -24,9 +25,11 @@ from fp4compile.codegen.reference.block_scales import (
     spread_over_tiles,
     stored_scales,
 )
-from fp4compile.codegen.reference.e2m1 import decode_ref, encode_nearest_ref, encode_stochastic_ref, pack_ref, unpack_ref
+from fp4compile.codegen.reference.e2m1 import encode_nearest_ref, encode_stochastic_ref, pack_ref, unpack_ref
 from fp4compile.codegen.reference.hadamard import hadamard_ref
 from fp4compile.codegen.reference.philox import philox_bytes_ref
+from fp4compile.codegen.reference.scale_search import quantize_by_search_ref
+from fp4compile.codegen.reference.soar import quantize_soar_ref
 
 
 def quantize_ref(x: Tensor, config: QuantConfig, *, axis: int = -1, seed: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,18 +44,22 @@ def quantize_ref(x: Tensor, config: QuantConfig, *, axis: int = -1, seed: Tensor
     if config.hadamard:
         x = hadamard_ref(x, config.hadamard)
     x = x.float()
-    encode = _encoder(config, x, seed)
-    codes, scales, global_scale = (_quantize_nvfp4 if config.fmt.has_global_scale else _quantize_mxfp4)(x, config, encode)
+    if config.is_offline:
+        search = quantize_soar_ref if config.scale_rule.startswith("soar") else quantize_by_search_ref
+        codes, scales, global_scale = search(x, config)
+    else:
+        encode = _encoder(config, x, seed)
+        codes, scales, global_scale = (_quantize_nvfp4 if config.fmt.has_global_scale else _quantize_mxfp4)(x, config, encode)
     return pack_ref(codes), scales, global_scale
 
 
 def dequantize_ref(codes: Tensor, scales: Tensor, global_scale: Tensor | None = None) -> Tensor:
-    """(..., R, Kp) float32 values of packed `codes`; without `global_scale` they are exact in bf16 too (NVFP4: 6 significant bits)."""
-    values = decode_ref(unpack_ref(codes))
-    values = values * scales.float().repeat_interleave(values.shape[-1] // max(scales.shape[-1], 1), -1)
-    if global_scale is None:
-        return values
-    return values * global_scale.reshape(*global_scale.shape, *(1,) * (values.ndim - global_scale.ndim))
+    """(..., R, Kp) float32 values of packed `codes`. The dtype of `scales` names the format.
+
+    Without `global_scale` they are exact, in bf16 too (NVFP4 has 6 significant bits, integers of MixFP4 have 7), but for IF4's 9 bits.
+    """
+    values = decode_blocks_ref(unpack_ref(codes), scales)
+    return values if global_scale is None else values * by_matrix(global_scale, values.ndim)
 
 
 def _encoder(config: QuantConfig, x: Tensor, seed: Tensor | None) -> Encoder:
@@ -100,4 +107,3 @@ def _quantize_mxfp4(x: Tensor, config: QuantConfig, encode: Encoder) -> tuple[Te
     finite = torch.isfinite(block_max)
     scales = torch.where(finite, byte, 0xFF).to(torch.uint8).view(torch.float8_e8m0fnu)
     return codes, scales, torch.ones(x.shape[:-2], device=x.device)
-

@@ -49,6 +49,11 @@ def nearest_e4m3(target: Tensor) -> Tensor:
     return target.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).float()
 
 
+def e4m3_bytes(target: Tensor) -> Tensor:
+    """The bytes (uint8) of `nearest_e4m3`."""
+    return target.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+
+
 def multiplier_of(scale: Tensor, decode_scale: Tensor) -> Tensor:
     """What an element is multiplied by before it is rounded to a code."""
     return (1 / (scale * decode_scale)).clamp(max=FP32_MAX)
