@@ -3,72 +3,18 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
 
 from fp4compile.codegen.formats import QuantConfig
 from fp4compile.codegen.kernels import launch
 from fp4compile.codegen.ops import quantize_args
-
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-POINTERS = {
-    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
-    torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64",
-}  # fmt: skip
-OPTIONS = {"num_warps", "num_stages", "enable_fp_fusion"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Launch:
-    kernel: Any
-    arguments: dict[str, Any]
-    options: dict[str, Any]
-
-    def compile(self, capability: int) -> Any:
-        """What Triton's own dispatcher would compile for these arguments: ones are constants, multiples of 16 are marked."""
-        signature, constants, attributes = {}, {}, {}
-        for i, parameter in enumerate(self.kernel.params):
-            name, value = parameter.name, self.arguments[parameter.name]
-            if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
-                signature[name], constants[name] = "constexpr", value
-                continue
-            signature[name] = POINTERS[value.dtype] if isinstance(value, Tensor) else "i32"
-            if isinstance(value, Tensor) or value % 16 == 0:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-        source = ASTSource(self.kernel, signature, constants, attributes)
-        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=self.options)
-
-
-def launches_of(call: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
-    """The kernels that `call` would launch, last first; nothing runs."""
-    recorded: list[Launch] = []
-
-    def record(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
-        values = dict(zip(kernel.arg_names, arguments, strict=False)) | {n: v for n, v in named.items() if n not in OPTIONS}
-        recorded.insert(0, Launch(kernel=kernel, arguments=values, options={n: v for n, v in named.items() if n in OPTIONS}))
-
-    monkeypatch.setattr(JITFunction, "run", record)
-    call()
-    return recorded
-
-
-def usage(compiled: Any, folder: Path) -> dict[str, int]:
-    """Registers, stack and local bytes of the cubin."""
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    text = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True)
-    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text.stdout + text.stderr)}
+from tests.codegen.kernels.cross_compiled import launches_of, usage
 
 
 def leaves_registers_in_flight(ptx: str) -> bool:
