@@ -15,7 +15,7 @@ from fp4compile.codegen.kernels.decode_mm import choose_tile, decode_mm, tile_we
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter does not compile", allow_module_level=True)
-from tests.codegen.kernels.test_cross_compile import CUOBJDUMP, POINTERS, Launch, launches_of, usage
+from tests.codegen.kernels.cross_compiled import CUOBJDUMP, Launch, launches_of, usage
 
 CASES = [  # m, n, k, dtype, tiled
     (1, 28672, 8192, torch.bfloat16, True),
@@ -35,7 +35,6 @@ def product(m: int, n: int, k: int, dtype: torch.dtype, tiled: bool, monkeypatch
         codes, scales = codes.view(n // 16, k // 128, 1024), scales.view(n // 16, k // 128, 128)
         assert [t.shape for t in tile_weight(codes.view(n, -1)[:16], scales.view(n, -1)[:16])] == [codes[:1].shape, scales[:1].shape]
     x = torch.empty(m, k, dtype=dtype)
-    monkeypatch.setitem(POINTERS, torch.int16, "*i16")
     last = launches_of(lambda: decode_mm(x, codes, scales, torch.ones(()), torch.zeros(n), dtype), monkeypatch)[0]
     return Launch(kernel=last.kernel, arguments=last.arguments | {"PTX": True}, options=last.options)
 
