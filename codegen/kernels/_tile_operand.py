@@ -1,7 +1,8 @@
 """One operand of a matrix product as a tile of exact values, whatever it is stored as, and the epilogue that all products share.
 
 e2m1 times e4m3 has six significant bits and lies in 2^-10 .. 2688, so it is exact in bfloat16 and in float16; e2m1 times e8m0 is exact in
-bfloat16 wherever float32 can hold it. So the tensor core sees the very operands that block-scaled hardware multiplies.
+bfloat16 wherever float32 can hold it. So the tensor core sees the very operands that block-scaled hardware multiplies. Formats with flagged
+blocks are in `_tile_flagged.py`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import triton
 import triton.language as tl
 
 from fp4compile.codegen.kernels._tile_e2m1 import decode, unpack
+from fp4compile.codegen.kernels._tile_flagged import decode_by_flag
 from fp4compile.codegen.kernels._tile_scale import decode_e4m3, decode_e8m0
 
 
@@ -25,7 +27,7 @@ def load_operand(
         where = row[:, None] * stride_r + column[None, :].to(tl.int64) * stride_k
         return tl.load(ptr + where, mask=present & (column < k)[None, :], other=0.0).to(DTYPE)
     else:
-        BLOCK: tl.constexpr = 16 if FORMAT == "nvfp4" else 32
+        BLOCK: tl.constexpr = 32 if FORMAT == "mxfp4" else 16
         GROUPS: tl.constexpr = BLOCK_K // BLOCK
         pair = start_k // 2 + tl.arange(0, BLOCK_K // 2)
         where = row[:, None] * stride_r + pair[None, :].to(tl.int64) * stride_k
@@ -33,9 +35,12 @@ def load_operand(
         group = start_k // BLOCK + tl.arange(0, GROUPS)
         where_scale = row[:, None] * scale_stride_r + group[None, :].to(tl.int64) * scale_stride_k
         byte = tl.load(scales_ptr + where_scale, mask=present & (BLOCK * group < k)[None, :], other=0)
-        scale = decode_e4m3(byte) if FORMAT == "nvfp4" else decode_e8m0(byte)
         codes = unpack(packed, BLOCK_R, BLOCK_K)
-        values = tl.reshape(decode(codes), [BLOCK_R, GROUPS, BLOCK]) * scale[:, :, None]
+        if FORMAT == "nvfp4" or FORMAT == "mxfp4":
+            scale = decode_e4m3(byte) if FORMAT == "nvfp4" else decode_e8m0(byte)
+            values = tl.reshape(decode(codes), [BLOCK_R, GROUPS, BLOCK]) * scale[:, :, None]
+        else:
+            values = decode_by_flag(codes, byte, FORMAT, BLOCK_R, GROUPS, BLOCK) * decode_e4m3(byte & 0x7F)[:, :, None]
         # Codes between k and the next whole block are no zeros where the operand was rotated.
         return tl.where((column < k)[None, :], tl.reshape(values, [BLOCK_R, BLOCK_K]), 0.0).to(DTYPE)
 

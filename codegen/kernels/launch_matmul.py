@@ -13,7 +13,8 @@ from fp4compile.codegen.errors import UnsupportedDtype
 from fp4compile.codegen.kernels.scaled_grouped_mm import scaled_grouped_mm_kernel
 from fp4compile.codegen.kernels.scaled_mm import scaled_mm_kernel
 
-_FORMAT_OF_SCALES: Final = {torch.float8_e4m3fn: "nvfp4", torch.float8_e8m0fnu: "mxfp4"}
+# NVINT4 is MixFP4 with every block flagged.
+_FORMAT_OF_SCALES: Final = {torch.float8_e4m3fn: "nvfp4", torch.float8_e8m0fnu: "mxfp4", torch.uint8: "mixfp4", torch.int8: "if4"}
 _DTYPES: Final = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
@@ -110,12 +111,12 @@ def _flat(x: Tensor, batch: torch.Size, kept: int) -> Tensor:
 def _meeting_dtype(a: Operand, b: Operand) -> tuple[torch.dtype, str]:
     """The dtype both operands are exact in, and the precision of the dot.
 
-    float16 cannot hold MXFP4's range, TF32 holds both: 10 mantissa bits and the exponents of float32. Only MXFP4 values below 2^-126 may be
-    flushed there. float32 operands are multiplied as float32.
+    float16 cannot hold MXFP4's range, bfloat16 not IF4's 9 bits; TF32 holds both: 10 mantissa bits and the exponents of float32. Only MXFP4
+    values below 2^-126 may be flushed there. float32 operands are multiplied as float32.
     """
     given = {operand.data.dtype for operand in (a, b) if operand.format == "none"}
     if given <= {torch.bfloat16}:
-        return torch.bfloat16, "ieee"
+        return (torch.float32, "tf32") if "if4" in (a.format, b.format) else (torch.bfloat16, "ieee")
     if given == {torch.float16}:
         return (torch.float32, "tf32") if "mxfp4" in (a.format, b.format) else (torch.float16, "ieee")
     return torch.float32, "ieee"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp4compile.codegen.formats import QuantConfig
+from fp4compile.codegen.formats import FORMATS, QuantConfig
 from fp4compile.codegen.kernels import launch
 from fp4compile.codegen.ops import quantize_args
 from tests.codegen.kernels.cross_compiled import launches_of, usage
@@ -40,8 +40,8 @@ def product(m: int, left: str, right: str, groups: int = 0) -> Callable[[], obje
 def operand(kind: str, rows: int, k: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
     if kind in ("bfloat16", "float16", "float32"):
         return torch.zeros(rows, k, dtype=getattr(torch, kind)), None, None
-    block, dtype = (16, torch.float8_e4m3fn) if kind == "nvfp4" else (32, torch.float8_e8m0fnu)
-    return torch.zeros(rows, k // 2, dtype=torch.uint8), torch.zeros(rows, k // block, dtype=torch.uint8).view(dtype), torch.ones(rows)
+    scales = torch.zeros(rows, k // FORMATS[kind].block, dtype=torch.uint8).view(FORMATS[kind].scale_dtype)
+    return torch.zeros(rows, k // 2, dtype=torch.uint8), scales, torch.ones(rows)
 
 
 QUANTIZERS = {
@@ -66,6 +66,10 @@ PRODUCTS = {
     "a4-bf16-m1": product(1, "nvfp4", "bfloat16"),
     "a4-bf16-m4096": product(4096, "mxfp4", "bfloat16"),
     "a4-fp16-m64": product(64, "nvfp4", "float16"),
+    "a4-mix-m4096": product(4096, "nvfp4", "mixfp4"),
+    "bf16-mix-m1": product(1, "bfloat16", "mixfp4"),
+    "bf16-mix-m4096": product(4096, "bfloat16", "mixfp4"),
+    "bf16-if4-m64": product(64, "bfloat16", "if4"),
     "grouped-w4a4": product(2048, "nvfp4", "nvfp4", groups=8),
     "grouped-bf16": product(512, "bfloat16", "nvfp4", groups=8),
     "grouped-a4-bf16": product(2048, "nvfp4", "bfloat16", groups=8),
@@ -73,7 +77,7 @@ PRODUCTS = {
 # The oldest supported GPU, the emulation's main target, and the two that fall back to it: fewer kernels there, for time.
 CAPABILITIES = {
     90: (*QUANTIZERS, *PRODUCTS),
-    80: ("tile", "wgrad", "h128", "w4a4-m4096", "bf16-m1", "fp32-m64", "a4-bf16-m4096", "grouped-w4a4"),
+    80: ("tile", "wgrad", "h128", "w4a4-m4096", "bf16-m1", "fp32-m64", "a4-bf16-m4096", "bf16-mix-m4096", "grouped-w4a4"),
 }
 CAPABILITIES |= {100: ("tile", "wgrad", "w4a4-m4096", "grouped-bf16"), 120: ("tile", "wgrad", "w4a4-m4096", "mx-m4096", "grouped-bf16")}
 CASES = [(capability, name) for capability, names in CAPABILITIES.items() for name in names]
