@@ -57,6 +57,12 @@ FAMILIES: Final = (
 
 def kernel_for(spec: KernelSpec, target: Target) -> str | Unsupported:
     """Name of the family that will run `spec` on `target`, or the reason why none does."""
+    foreign = [config.format for config in (spec.lhs, spec.rhs) if config is not None and not config.fmt.in_hardware]
+    if foreign and target.has_fp4_mma and spec.lhs is not None and spec.rhs is not None:
+        return Unsupported(
+            reason=f"no tensor core multiplies {foreign[0]} blocks, those of {target.name} included; "
+            'use precision = "w4a16", which decodes them, or format = "nvfp4"'
+        )
     family = _family_for(spec, target)
     return family.name if family else Unsupported(reason=f"no kernel for {spec.op} on {target.name}")
 
