@@ -113,8 +113,9 @@ def configs_of(setting: Setting, role: Role, where: str) -> dict[OperandKind, Qu
                 advice='Use rounding = "nearest" here, and "stochastic" on the gradient of dgrad and wgrad.',
             )
     _refuse_unequal_rotation(configs, role, here)
+    _refuse_searches_at_run_time(configs, here)
     formats = sorted({config.format for config in configs.values()})
-    if len(formats) > 1:
+    if len({config.fmt.block for config in configs.values()}) > 1:
         raise IllegalCombination(
             where=here,
             found=f"the operands of one matmul have the formats {' and '.join(formats)}",
@@ -122,6 +123,21 @@ def configs_of(setting: Setting, role: Role, where: str) -> dict[OperandKind, Qu
             advice="Give both operands the same format, or name the role that the rule is for.",
         )
     return configs
+
+
+def _refuse_searches_at_run_time(configs: dict[OperandKind, QuantConfig], where: str) -> None:
+    for kind, config in configs.items():
+        if kind is OperandKind.WEIGHT or not config.is_offline:
+            continue
+        is_format = bool(config.fmt.flagged_values)
+        raise IllegalCombination(
+            where=where,
+            found=f"{f'format = {config.format}' if is_format else f'scale_rule = {config.scale_rule}'} on the {kind}",
+            needed="It has no kernel and runs once per weight; this operand is quantized in every call.",
+            advice=f'Give it to the weight alone, as in weight = {{ format = "{config.format}" }}, or use precision = "w4a16".'
+            if is_format
+            else 'Give it to the weight alone, and use scale_rule = "four_over_six" here.',
+        )
 
 
 def _refuse_unequal_rotation(configs: dict[OperandKind, QuantConfig], role: Role, where: str) -> None:
