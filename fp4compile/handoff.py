@@ -19,6 +19,7 @@ from fp4compile.weights import Reader, WeightFreed, WeightStore
 
 Transform = Callable[[fx.GraphModule], None]
 AfterFold = Callable[[Sequence[Any]], None]
+Runner = Callable[[fx.GraphModule], Callable[[list[Any]], Any]]
 
 
 class JointPass(CustomGraphPass):
@@ -81,13 +82,16 @@ def compile_apart(model: Callable[..., Any], backend: Callable[..., Any]) -> Cal
     return torch.compile(model, backend=backend, **apart)
 
 
-def trace_only(gm: fx.GraphModule, example_inputs: Sequence[Any], *, transform: Transform, fingerprint: str) -> Callable[..., Any]:
-    """Run the joint graph through `transform` and execute it operator by operator; nothing is compiled."""
+def trace_only(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], *, transform: Transform, fingerprint: str, runner: Runner | None = None
+) -> Callable[..., Any]:
+    """Run the joint graph through `transform` and execute it operator by operator, or as `runner` does; nothing is compiled."""
 
     def inner(inner_gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[[list[Any]], Any]:
-        return _boxed(lambda args: inner_gm(*args))
+        return _boxed(runner(inner_gm) if runner else lambda args: inner_gm(*args))
 
-    patches = {"joint_custom_pre_pass": JointPass(transform, fingerprint)}
+    # Inductor's own rewrites would only replace nodes that `transform` has marked.
+    patches = {"joint_custom_pre_pass": JointPass(transform, fingerprint), "pattern_matcher": False, "joint_graph_constant_folding": False}
     with functorch_config.patch(enable_autograd_cache=False):
         return compile_fx(gm, list(example_inputs), inner_compile=cast(Any, inner), config_patches=patches)  # type: ignore[return-value]
 

@@ -79,10 +79,9 @@ def r_character_vectors(folder: Path) -> Documents:
 
 def _unpacked(record: bytes) -> bytes:
     kind, body = record[:1], record[1:]
-    return bz2.decompress(body) if kind == b"2" else lzma.decompress(body, lzma.FORMAT_RAW, filters=_XZ) if kind == b"Z" else zlib.decompress(record)
-
-
-_XZ = [{"id": lzma.FILTER_LZMA2, "preset": 6}]
+    if kind == b"Z":
+        return lzma.decompress(body, lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "preset": 6}])
+    return bz2.decompress(body) if kind == b"2" else zlib.decompress(record)
 
 
 def _strings(serialized: bytes) -> list[str]:

@@ -14,7 +14,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,11 @@ import torch
 from model import SIZES, Llama
 from plot import write_comparison
 from recipes import RECIPES, Recipe
-from token_windows import Windows, open_tokens
+from token_windows import Batch, Windows, open_tokens
 from torch import Tensor, nn
 from tqdm import tqdm
+
+import fp4compile
 
 
 class OtherRun(RuntimeError):
@@ -49,7 +51,10 @@ class Settings:
 
     @property
     def steps(self) -> int:
-        return max(self.tokens // (self.batch * self.sequence), 1)
+        return max(self.tokens // self.tokens_at(1), 1)
+
+    def tokens_at(self, step: int) -> int:
+        return step * self.batch * self.sequence
 
     @property
     def accumulation(self) -> int:
@@ -95,24 +100,27 @@ def train(settings: Settings, recipe: Recipe, schedule: Schedule, data: Path, ou
     torch.manual_seed(settings.seed)
     model = Llama(SIZES[settings.size], settings.vocabulary, settings.sequence).to(device)
     optimizer = _adamw(model, settings, device)
-    first = checkpoint.load(saved, model, optimizer)
+    first = done = checkpoint.load(saved, model, optimizer)
     run = torch.compile(model, dynamic=False, **recipe.compile_arguments())  # the one line
+    look = fp4compile.Diagnoser(model, policy=recipe.full_policy) if recipe.full_policy and schedule.diagnose_every else None
     windows = Windows(tokens=open_tokens(data, "train"), length=settings.sequence, seed=settings.seed)
     heldout = Windows(tokens=open_tokens(data, "heldout"), length=settings.sequence, seed=0)
     log = Log(out / "log.jsonl", first)
     bar = tqdm(range(first, settings.steps), initial=first, total=settings.steps, desc=out.name)
-    done = first
     for step in bar:
         start = time.perf_counter()
         loss, norm = _step(run, optimizer, windows, settings, step, device)
-        seconds, done = time.perf_counter() - start, step + 1
-        speed = settings.batch * settings.sequence / seconds
+        done, tokens = step + 1, settings.tokens_at(step + 1)
+        speed = settings.tokens_at(1) / (time.perf_counter() - start)
         bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
-        log.write(step=done, tokens=done * settings.batch * settings.sequence, loss=loss, norm=norm, rate=settings.rate_at(step), speed=speed)
-        late = time.monotonic() > schedule.deadline
-        if done == settings.steps or done % schedule.evaluate_every == 0:
-            log.write(step=done, tokens=done * settings.batch * settings.sequence, heldout=_heldout(run, heldout, settings, schedule, device))
-        if late or done == settings.steps or done % schedule.save_every == 0:
+        log.write(step=done, tokens=tokens, loss=loss, norm=norm, rate=settings.rate_at(step), speed=speed)
+        late, last = time.monotonic() > schedule.deadline, done == settings.steps
+        if last or done % schedule.evaluate_every == 0:
+            log.write(step=done, tokens=tokens, heldout=_heldout(run, heldout, settings, schedule, device))
+        if look and (last or done % schedule.diagnose_every == 0):
+            batch = windows.batch(done * settings.batch, settings.micro_batch, device)
+            look(lambda watched, batch=batch: _loss(watched, batch, device).backward()).write(out / "diagnosis", name=f"step_{done:06}")
+        if late or last or done % schedule.save_every == 0:
             checkpoint.save(saved, model, optimizer, done)
         if late:
             break
@@ -127,17 +135,14 @@ def _adamw(model: nn.Module, settings: Settings, device: str) -> torch.optim.Opt
     return torch.optim.AdamW(groups, lr=settings.rate, betas=(0.9, 0.95), fused=device != "cpu")
 
 
-def _step(
-    run: Any, optimizer: torch.optim.Optimizer, windows: Windows, settings: Settings, step: int, device: str
-) -> tuple[float, float]:
+def _step(run: Any, optimizer: torch.optim.Optimizer, windows: Windows, settings: Settings, step: int, device: str) -> tuple[float, float]:
     """One optimizer step. Returns the mean loss in nats a token and the norm of the gradient before clipping."""
     for group in optimizer.param_groups:
         group["lr"] = settings.rate_at(step)
     total = torch.zeros((), device=device)
     for part in range(settings.accumulation):
         first = step * settings.batch + part * settings.micro_batch
-        with torch.autocast(device, torch.bfloat16):
-            loss = run(*windows.batch(first, settings.micro_batch, device)) / settings.accumulation
+        loss = _loss(run, windows.batch(first, settings.micro_batch, device), device) / settings.accumulation
         loss.backward()
         total += loss.detach()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -147,13 +152,17 @@ def _step(
     return total.item(), norm.item()
 
 
+def _loss(run: Any, batch: Batch, device: str) -> Tensor:
+    with torch.autocast(device, torch.bfloat16):
+        return run(*batch)
+
+
 def _heldout(run: Any, windows: Windows, settings: Settings, schedule: Schedule, device: str) -> float:
     """Mean loss on the held-out text, in the precision that the recipe evaluates in."""
-    count = min(len(windows), schedule.heldout // settings.sequence) // settings.micro_batch
-    losses: list[Tensor] = []
-    with torch.no_grad(), torch.autocast(device, torch.bfloat16):
-        for part in range(max(count, 1)):
-            losses.append(run(*windows.in_order(part * settings.micro_batch, settings.micro_batch, device)))
+    size = settings.micro_batch
+    count = max(min(len(windows), schedule.heldout // settings.sequence) // size, 1)
+    with torch.no_grad():
+        losses = [_loss(run, windows.in_order(part * size, size, device), device) for part in range(count)]
     return torch.stack(losses).mean().item()
 
 

@@ -26,7 +26,9 @@ def open_tokens(folder: Path, part: str) -> np.ndarray:
         path.with_suffix(".partial").write_bytes(np.ascontiguousarray(low_and_high.T).tobytes())
         path.with_suffix(".partial").replace(path)
     if not path.exists():
-        raise NoTokens(f"{folder} has neither {path.name} nor {packed.name}: make them with examples/pretrain/prepare_text.py --data {folder}")
+        raise NoTokens(
+            f"{folder} has neither {path.name} nor {packed.name}: make them with examples/pretrain/prepare_text.py --data {folder}"
+        )
     return np.memmap(path, dtype=np.uint16, mode="r")
 
 
@@ -57,7 +59,6 @@ class Windows:
     def _window(self, index: int) -> np.ndarray:
         start = index * self.length
         return self.tokens[start : start + self.length + 1].astype(np.int64)
-
 
 
 @functools.lru_cache(maxsize=2)
