@@ -1,0 +1,1 @@
+"""`fp4compile bench`: operators and whole layers, verified, then timed beside their peers."""

@@ -1,0 +1,124 @@
+"""What is measured, as data: one value a row of the results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, Final
+
+from fp4compile.codegen.formats import QuantConfig
+
+ACTIVATIONS: Final = ("bf16", "fp4")
+Shape = tuple[int, int]  # N x K of a weight, rows x columns of a tensor to quantize
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatmulCase:
+    """x (m, k) bfloat16 times a `format` weight (n, k) transposed; with activation "fp4" x is quantized first, which counts."""
+
+    kind: ClassVar[str] = "matmul"
+    n: int
+    k: int
+    m: int
+    format: str = "nvfp4"
+    activation: str = "bf16"
+
+    @property
+    def key(self) -> str:
+        return f"matmul {self.n}x{self.k} m={self.m} {self.scheme}"
+
+    @property
+    def scheme(self) -> str:
+        return f"{self.format} {'W4A16' if self.activation == 'bf16' else 'W4A4'}"
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeCase:
+    """A bfloat16 tensor (rows, columns) quantized along `axis` as `options` of `QuantConfig` say."""
+
+    kind: ClassVar[str] = "quantize"
+    rows: int
+    columns: int
+    axis: int = -1
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def config(self) -> QuantConfig:
+        return QuantConfig(**self.options)
+
+    @property
+    def key(self) -> str:
+        return f"quantize {self.rows}x{self.columns} {self.scheme}"
+
+    @property
+    def scheme(self) -> str:
+        scale = "" if self.options.get("global_scale") else " tensor" if self.config.fmt.has_global_scale else ""
+        return f"{self.config.describe()}{scale}{' columns' if self.axis == -2 else ''}"
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCase:
+    """`layers` decoder layers of a Llama, `tokens` new positions after `context` old ones, compiled with `policy` in `mode`."""
+
+    kind: ClassVar[str] = "layer"
+    model: str
+    phase: str  # "decode" or "prefill"
+    policy: str
+    mode: str
+    tokens: int
+    context: int
+    layers: int
+
+    @property
+    def key(self) -> str:
+        return f"layer {self.model} {self.phase} {self.policy} {self.mode}"
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+Case = MatmulCase | QuantizeCase | LayerCase
+
+_QUANTIZATIONS: Final[tuple[tuple[int, dict[str, Any]], ...]] = (
+    (-1, {}),
+    (-1, {"global_scale": "row"}),
+    (-1, {"global_scale": "static", "static_amax": 4.0}),
+    (-2, {}),
+    (-1, {"block": "16x16"}),
+    (-1, {"hadamard": 16}),
+    (-1, {"scale_rule": "four_over_six"}),
+    (-1, {"rounding": "stochastic"}),
+    (-2, {"rounding": "stochastic", "hadamard": 16}),
+    (-1, {"format": "mxfp4"}),
+)
+
+
+def matmul_cases(shapes: Sequence[Shape], rows: Sequence[int], formats: Sequence[str], activations: Sequence[str]) -> list[MatmulCase]:
+    return [
+        MatmulCase(n=n, k=k, m=m, format=format, activation=activation)
+        for n, k in shapes
+        for format in formats
+        for activation in activations
+        for m in rows
+    ]
+
+
+def quantize_cases(shapes: Sequence[Shape], formats: Sequence[str]) -> list[QuantizeCase]:
+    every = [QuantizeCase(rows=r, columns=c, axis=axis, options=options) for r, c in shapes for axis, options in _QUANTIZATIONS]
+    return [case for case in every if case.config.format in formats]
+
+
+def layer_cases(model: str, policies: Sequence[str], modes: Sequence[str], prefill: int, context: int, layers: int) -> list[LayerCase]:
+    """The baseline, policy "", comes first of each phase and mode: what follows is compared with it."""
+    return [
+        LayerCase(model=model, phase=phase, policy=policy, mode=mode, tokens=tokens, context=old, layers=layers)
+        for phase, tokens, old in (("decode", 1, context), ("prefill", prefill, 0))
+        for mode in modes
+        for policy in ("bf16", *policies)
+    ]

@@ -1,0 +1,56 @@
+"""The least time that the bytes and the arithmetic of a case allow on the device at hand, from two speeds measured on it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+
+from fp4compile.bench.case import MatmulCase, QuantizeCase
+from fp4compile.bench.timing import Effort, microseconds
+from fp4compile.codegen.formats import FORMATS
+from fp4compile.codegen.target import Target
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speeds:
+    """Bytes a microsecond of a copy, read and written ones counted; operations a microsecond of a bfloat16 product."""
+
+    copy: float
+    matmul: float
+
+    def as_json(self) -> dict[str, float]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return f"copy {self.copy / 1e3:.0f} GB/s, bf16 products {self.matmul / 1e6:.3g} TFLOP/s"
+
+
+def measure_speeds(device: torch.device, effort: Effort, *, small: bool) -> Speeds:
+    """`small` spends less on it, for a smoke run."""
+    on_gpu = device.type == "cuda"
+    size = (4096 if small else 16384) if on_gpu else (1024 if small else 4096)
+    big = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    copy = microseconds([big.clone] * 2, device, effort)
+    side = (4096 if small else 8192) if on_gpu else (256 if small else 1024)
+    x, w = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    product = microseconds([lambda: F.linear(x, w)] * 2, device, effort)
+    return Speeds(copy=2 * big.nbytes / copy, matmul=2 * side**3 / product)
+
+
+def matmul_floor(case: MatmulCase, speeds: Speeds, target: Target) -> tuple[float, str]:
+    """Microseconds, and what they are spent on. FP4 instructions are faster than the bfloat16 rate: where they exist, bytes count alone."""
+    weight = case.n * case.k * FORMATS[case.format].bits_per_value / 8
+    by_bytes = (weight + 2 * case.m * (case.n + case.k)) / speeds.copy
+    by_operations = 2 * case.m * case.n * case.k / speeds.matmul
+    if case.activation == "fp4" and target.has_fp4_mma:
+        by_operations = 0.0
+    return (by_bytes, "bytes") if by_bytes >= by_operations else (by_operations, "operations")
+
+
+def quantize_floor(case: QuantizeCase, speeds: Speeds) -> tuple[float, str]:
+    """A scale for the whole tensor must be known before the first code is written: the tensor is read twice."""
+    size = case.rows * case.columns
+    passes = 2 if case.config.fmt.has_global_scale and case.config.global_scale == "tensor" else 1
+    return (2 * passes * size + size * case.config.fmt.bits_per_value / 8) / speeds.copy, "bytes"

@@ -1,0 +1,89 @@
+"""Our operators as the compiled graph calls them: weights laid out as the kernel reads them, activations as they come."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fp4compile.bench.case import MatmulCase, QuantizeCase
+from fp4compile.bench.timing import Call
+from fp4compile.codegen import ops
+from fp4compile.codegen.formats import Layout, QuantConfig, round_up
+from fp4compile.codegen.kernel_spec import KernelSpec
+from fp4compile.codegen.registry import kernel_for, layouts_for
+from fp4compile.codegen.target import Target
+
+Quantized = tuple[Tensor, Tensor, Tensor]  # codes, scales, global scale
+Side = tuple[Tensor, Tensor | None, Tensor | None]  # the same, or a high-precision tensor and twice None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """How a `MatmulCase` runs on a target: kernel family, layouts of both sides, and how each is quantized."""
+
+    case: MatmulCase
+    kernel: str
+    a_layout: Layout
+    b_layout: Layout
+
+    @classmethod
+    def of(cls, case: MatmulCase, target: Target) -> Product:
+        config = QuantConfig(format=case.format)
+        spec = KernelSpec(op="scaled_mm", lhs=config if case.activation == "fp4" else None, rhs=config, dtype=torch.bfloat16)
+        a_layout, b_layout = layouts_for(spec, target)
+        kernel = kernel_for(spec, target)
+        name = kernel if isinstance(kernel, str) else kernel.reason
+        return cls(case=case, kernel=name, a_layout=a_layout, b_layout=b_layout if _may_have(case, b_layout) else Layout.PLAIN)
+
+    def quantize(self, x: Tensor, layout: str = Layout.PLAIN) -> Quantized:
+        kwargs: dict[str, Any] = {} if layout == Layout.PLAIN else {"layout": str(layout)}
+        return ops.QUANTIZE(x, -1, *ops.quantize_args(QuantConfig(format=self.case.format)), None, **kwargs)
+
+    def weight(self, dense: Tensor) -> Quantized:
+        """`dense` (n, k) as the weight store keeps it."""
+        return self.quantize(dense, self.b_layout)
+
+    def left(self, x: Tensor) -> Side:
+        """x (m, k) as the product takes it: quantized where the case says so."""
+        return self.quantize(x, self.a_layout) if self.case.activation == "fp4" else (x, None, None)
+
+    def multiply(self, left: Side, weight: Side, out_dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """(m, n) in `out_dtype`."""
+        layouts: dict[str, Any] = {"a_layout": self.a_layout, "b_layout": self.b_layout}
+        layouts = {name: str(layout) for name, layout in layouts.items() if layout != Layout.PLAIN}
+        return ops.SCALED_MM(*left, *weight, None, self.case.k, out_dtype, **layouts)
+
+    def call(self, x: Tensor, weight: Quantized) -> Tensor:
+        """What is timed."""
+        return self.multiply(self.left(x), weight)
+
+
+def quantize_call(case: QuantizeCase, x: Tensor, seed: Tensor | None) -> Call:
+    return partial(ops.QUANTIZE, x, case.axis, *ops.quantize_args(case.config), seed)
+
+
+def seed_for(case: QuantizeCase, device: torch.device) -> Tensor | None:
+    return torch.tensor(1234, device=device) if case.config.rounding == "stochastic" else None
+
+
+def dense_weight(n: int, k: int, device: torch.device, copy: int) -> Tensor:
+    """(n, k) bfloat16, another one for every `copy`."""
+    generator = torch.Generator(device).manual_seed(copy)
+    return (torch.randn(n, k, device=device, generator=generator) * 0.02).bfloat16()
+
+
+def activation(m: int, k: int, device: torch.device) -> Tensor:
+    """(m, k) bfloat16 whose rows are of different size, with a few outliers, as a transformer's are."""
+    generator = torch.Generator(device).manual_seed(m)
+    x = torch.randn(m, k, device=device, generator=generator)
+    x[:, :: max(k // 4, 1)] *= 20
+    return (x * torch.logspace(-1, 1, m, base=2, device=device)[:, None]).bfloat16()
+
+
+def _may_have(case: MatmulCase, layout: Layout) -> bool:
+    """As the pass that selects kernels decides: a tiled weight has whole tiles, and little padding."""
+    return layout is not Layout.TILED or (case.n % 16 == 0 and 8 * round_up(case.k, 128) <= 9 * case.k)

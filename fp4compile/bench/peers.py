@@ -1,0 +1,186 @@
+"""Who else computes a product: one row a peer. A peer that is not installed, refuses or fails becomes a row with the reason.
+
+Foreign packages are tried first in a process of their own: some end theirs (an assertion in a compiler), and that must not end ours.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, TimeoutError
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fp4compile.bench.case import MatmulCase
+from fp4compile.bench.ours import activation, dense_weight
+from fp4compile.bench.timing import Call, copies_for
+from fp4compile.codegen.errors import Fp4CompileError
+
+_GROUP: Final = 128  # of torch's int4
+_PROBE_SECONDS: Final = 300
+
+
+class PeerCannot(Fp4CompileError):
+    template = "{reason}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peer:
+    """`prepare(case, weights)` gives a function of x for each dense weight (n, k) bfloat16."""
+
+    name: str
+    prepare: Callable[[MatmulCase, Sequence[Tensor]], list[Callable[[Tensor], Any]]]
+    bits: float  # of a stored weight value
+    package: str = ""  # tried in a process of its own
+
+    def calls(self, case: MatmulCase, x: Tensor) -> list[Call]:
+        """A call for each copy of the weight. Raises what the peer raises."""
+        copies = copies_for(int(case.n * case.k * self.bits / 8), x.device)
+        weights = [dense_weight(case.n, case.k, x.device, i) for i in range(copies)]
+        return [partial(product, x) for product in self.prepare(case, weights)]
+
+
+def failures() -> tuple[type[BaseException], ...]:
+    """What a peer, or one of our kernels, may raise when it cannot: compilers, shapes, devices, versions."""
+    triton = sys.modules.get("triton")  # not imported for its error alone
+    known = (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError, AttributeError, LookupError, ImportError, OSError)
+    return (*known, Fp4CompileError, *([triton.TritonError] if triton else []))
+
+
+@contextmanager
+def noting_failure(name: str, failed: dict[str, str]) -> Iterator[None]:
+    """Put what goes wrong inside into `failed[name]`, as one line."""
+    try:
+        yield
+    except failures() as failure:
+        failed[name] = describe(failure)
+
+
+def describe(failure: BaseException) -> str:
+    """First and last line of what it says: compilers begin with where and end with what."""
+    lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
+    said = " ... ".join(dict.fromkeys((*lines[:1], *lines[-1:])))
+    return f"{type(failure).__name__}: {said[:300]}" if said else type(failure).__name__
+
+
+def _bf16(case: MatmulCase, weights: Sequence[Tensor]) -> list[Callable[[Tensor], Any]]:
+    return [partial(F.linear, weight=w) for w in weights]
+
+
+def _compiled_bf16(case: MatmulCase, weights: Sequence[Tensor]) -> list[Callable[[Tensor], Any]]:
+    compiled = torch.compile(lambda x, weight: F.linear(x, weight), dynamic=False)
+    return [partial(compiled, weight=w) for w in weights]
+
+
+def _int4(case: MatmulCase, weights: Sequence[Tensor]) -> list[Callable[[Tensor], Any]]:
+    """torch's own, the speed of which does not depend on the codes: they are random."""
+    if case.k % _GROUP:
+        raise PeerCannot(reason=f"K={case.k} is no multiple of its group of {_GROUP}")
+    found: list[Callable[[Tensor], Any]] = []
+    for w in weights:
+        scales = torch.rand(case.k // _GROUP, case.n, 2, device=w.device, dtype=torch.bfloat16)
+        if w.is_cuda:
+            codes = torch.randint(0, 256, (case.n, case.k // 2), dtype=torch.uint8, device=w.device)
+            packed = torch._convert_weight_to_int4pack(codes, 8)
+            found.append(lambda x, packed=packed, scales=scales: torch._weight_int4pack_mm(x, packed, _GROUP, scales))
+        else:
+            codes = torch.randint(0, 16, (case.n, case.k), dtype=torch.int32)
+            packed = torch._convert_weight_to_int4pack_for_cpu(codes, 1)
+            found.append(lambda x, packed=packed, scales=scales: torch._weight_int4pack_mm_for_cpu(x, packed, _GROUP, scales))
+    return found
+
+
+def _gemlite(case: MatmulCase, weights: Sequence[Tensor]) -> list[Callable[[Tensor], Any]]:
+    device = weights[0].device
+    if device.type != "cuda":
+        raise PeerCannot(reason="its kernels need a GPU")
+    helper = _package("gemlite.helper")
+    suffix = "NVFP" if case.format == "nvfp4" else "MXFP"
+    kind = getattr(helper, f"A16W4_{suffix}" if case.activation == "bf16" else f"A4W4_{suffix}_dynamic")
+    return [kind(device=str(device), dtype=torch.bfloat16).from_linear(_linear(w), del_orig=False) for w in weights]
+
+
+def _torchao(case: MatmulCase, weights: Sequence[Tensor]) -> list[Callable[[Tensor], Any]]:
+    """As its documentation says: quantize_, then torch.compile."""
+    if case.format != "nvfp4":
+        raise PeerCannot(reason="only its nvfp4 configurations are compared")
+    workflow = _package("torchao.prototype.mx_formats.inference_workflow")
+    config = workflow.NVFP4WeightOnlyConfig() if case.activation == "bf16" else workflow.NVFP4DynamicActivationNVFP4WeightConfig()
+    quantize_ = _package("torchao.quantization").quantize_
+    compiled = torch.compile(lambda x, weight: F.linear(x, weight), dynamic=False)
+    found: list[Callable[[Tensor], Any]] = []
+    for w in weights:
+        model = nn.Sequential(_linear(w))
+        quantize_(model, config)
+        found.append(partial(compiled, weight=model[0].weight.detach()))
+    return found
+
+
+BASELINE: Final = "bf16"
+PEERS: Final = {
+    peer.name: peer
+    for peer in (
+        Peer(name=BASELINE, prepare=_bf16, bits=16),
+        Peer(name="compiled bf16", prepare=_compiled_bf16, bits=16),
+        Peer(name="int4", prepare=_int4, bits=4.25),
+        Peer(name="gemlite", prepare=_gemlite, bits=4.5, package="gemlite"),
+        Peer(name="torchao", prepare=_torchao, bits=4.5, package="torchao"),
+    )
+}
+
+
+def probe(peer: Peer, case: MatmulCase, device: torch.device) -> str:
+    """Empty, or why `peer` does not run `case`: tried once, in another process where its package is foreign."""
+    if not peer.package:
+        return ""
+    if importlib.util.find_spec(peer.package) is None:
+        return "not installed"
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        future = pool.submit(_try_once, peer, case, str(device))
+        try:
+            return future.result(timeout=_PROBE_SECONDS)
+        except BrokenProcessPool:
+            return "it ended the process in which it was tried (an assertion or a crash in its compiler)"
+        except TimeoutError:
+            for process in pool._processes.values():
+                process.terminate()
+            return f"no result after {_PROBE_SECONDS} seconds"
+
+
+def _try_once(peer: Peer, case: MatmulCase, device: str) -> str:
+    failed: dict[str, str] = {}
+    where = torch.device(device)
+    with torch.no_grad(), noting_failure(peer.name, failed):
+        x = activation(case.m, case.k, where)
+        out = peer.prepare(case, [dense_weight(case.n, case.k, where, 0)])[0](x)
+        if where.type == "cuda":
+            torch.cuda.synchronize(where)
+        if tuple(out.shape) != (case.m, case.n):
+            return f"its result has the shape {tuple(out.shape)}"
+    return failed.get(peer.name, "")
+
+
+def _package(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] == module.split(".")[0]:
+            raise PeerCannot(reason="not installed") from error
+        raise
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    n, k = weight.shape
+    linear = nn.Linear(k, n, bias=False, device="meta", dtype=weight.dtype)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear

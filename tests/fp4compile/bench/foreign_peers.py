@@ -1,0 +1,29 @@
+"""Peers that go wrong in the ways foreign packages do. A module of its own, for the process that tries them imports it."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from fp4compile.bench.peers import Peer
+
+
+def aborting(case, weights):
+    os.abort()
+
+
+def refusing(case, weights):
+    raise RuntimeError("at 34:12:\n  tl.dot_scaled(...)\n\nno such instruction on this device")
+
+
+def misshapen(case, weights):
+    return [lambda x: torch.zeros(1)]
+
+
+def working(case, weights):
+    return [lambda x, w=w: x @ w.mT for w in weights]
+
+
+def peer(prepare, package: str = "torch") -> Peer:
+    return Peer(name=prepare.__name__, prepare=prepare, bits=16, package=package)

@@ -1,0 +1,68 @@
+"""Peers compute the product they are compared by; one that cannot is named with its reason, and none ends the bench."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fp4compile.bench.case import MatmulCase
+from fp4compile.bench.ours import activation, dense_weight
+from fp4compile.bench.peers import BASELINE, PEERS, PeerCannot, describe, noting_failure, probe
+from tests.fp4compile.bench import foreign_peers as foreign
+
+CPU = torch.device("cpu")
+CASE = MatmulCase(n=64, k=128, m=3)
+
+
+@pytest.mark.parametrize("name", [BASELINE, "compiled bf16"])
+def test_a_dense_peer_computes_the_product_of_each_copy(name) -> None:
+    torch.compiler.reset()
+    x = activation(CASE.m, CASE.k, CPU)
+    calls = PEERS[name].calls(CASE, x)
+    assert len(calls) >= 2
+    for i in (0, 1):
+        expected = x.double() @ dense_weight(CASE.n, CASE.k, CPU, i).double().mT
+        assert (calls[i]().double() - expected).norm() < 0.01 * expected.norm()
+    torch.compiler.reset()
+
+
+def test_int4_gives_a_product_and_refuses_what_its_groups_do_not_divide() -> None:
+    assert PEERS["int4"].calls(CASE, activation(CASE.m, CASE.k, CPU))[0]().shape == (CASE.m, CASE.n)
+    odd = MatmulCase(n=64, k=100, m=3)
+    with pytest.raises(PeerCannot, match="K=100 is no multiple of its group of 128"):
+        PEERS["int4"].calls(odd, activation(odd.m, odd.k, CPU))
+
+
+@pytest.mark.parametrize(
+    ("prepare", "said"),
+    [
+        (foreign.aborting, "it ended the process"),
+        (foreign.refusing, "RuntimeError: at 34:12: ... no such instruction on this device"),
+        (foreign.misshapen, "its result has the shape (1,)"),
+    ],
+)
+def test_what_a_foreign_peer_does_wrong_becomes_a_reason(prepare, said) -> None:
+    assert said in probe(foreign.peer(prepare), CASE, CPU)
+
+
+def test_a_foreign_peer_that_works_gives_no_reason() -> None:
+    assert probe(foreign.peer(foreign.working), CASE, CPU) == ""
+
+
+def test_an_absent_package_is_named_without_starting_a_process() -> None:
+    assert probe(foreign.peer(foreign.aborting, package="no_such_package"), CASE, CPU) == "not installed"
+
+
+def test_torchs_own_peers_are_not_tried_apart() -> None:
+    assert [probe(PEERS[name], CASE, CPU) for name in (BASELINE, "int4")] == ["", ""]
+
+
+def test_failures_are_noted_and_other_exceptions_pass() -> None:
+    failed: dict[str, str] = {}
+    with noting_failure("a", failed):
+        raise ValueError("first\n\nlast")
+    assert failed == {"a": "ValueError: first ... last"}
+    with pytest.raises(KeyboardInterrupt), noting_failure("b", failed):
+        raise KeyboardInterrupt
+    assert set(failed) == {"a"}
+    assert describe(NotImplementedError()) == "NotImplementedError"

@@ -1,0 +1,104 @@
+"""What is wrong is seen, however little it is; what is right passes, for every format, layout and odd shape."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fp4compile.bench.case import MatmulCase, QuantizeCase, quantize_cases
+from fp4compile.bench.ours import Product, activation, dense_weight
+from fp4compile.bench.verify import verify_product, verify_quantize
+from fp4compile.codegen import ops
+from fp4compile.codegen.formats import Layout
+from fp4compile.codegen.target import Target, target_of
+
+CPU = torch.device("cpu")
+CASES = [
+    MatmulCase(n=n, k=k, m=m, format=format, activation=act)
+    for n, k, m in ((64, 128, 1), (33, 100, 70))
+    for format in ("nvfp4", "mxfp4")
+    for act in ("bf16", "fp4")
+]
+
+
+def verdict(case: MatmulCase):
+    product = Product.of(case, target_of(CPU))
+    return verify_product(product, activation(case.m, case.k, CPU), dense_weight(case.n, case.k, CPU, 0))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.key)
+def test_right_products_pass(case) -> None:
+    found = verdict(case)
+    assert found.wrong == ""
+    assert 0 <= found.errors["float32"] < 1e-6 and 1e-4 < found.errors["bfloat16"] < 4e-3
+
+
+def test_a_tiled_weight_is_measured_as_the_hopper_kernel_reads_it() -> None:
+    hopper = Target(name="sm_90", device_type="cuda", capability=90)
+    tiled = Product.of(MatmulCase(n=64, k=256, m=2), hopper)
+    assert tiled.b_layout is Layout.TILED and tiled.weight(dense_weight(64, 256, CPU, 0))[0].ndim == 3
+    assert verify_product(tiled, activation(2, 256, CPU), dense_weight(64, 256, CPU, 0)).wrong == ""
+    assert Product.of(MatmulCase(n=63, k=256, m=2), hopper).b_layout is Layout.PLAIN
+
+
+def spoiled(monkeypatch, name: str, spoil) -> None:
+    right = getattr(ops, name)
+    monkeypatch.setattr(ops, name, lambda *args, **kwargs: spoil(right(*args, **kwargs)))
+
+
+def one_column_off(out: torch.Tensor) -> torch.Tensor:
+    out = out.clone()
+    out[:, 5] *= 1.02
+    return out
+
+
+def test_one_column_that_is_two_percent_off_is_wrong(monkeypatch) -> None:
+    spoiled(monkeypatch, "SCALED_MM", one_column_off)
+    assert "float32 output: error" in verdict(CASES[0]).wrong
+
+
+def test_a_bfloat16_output_rounded_towards_zero_is_wrong(monkeypatch) -> None:
+    """Twice the error of a dense product, and yet below one part in a hundred."""
+    right = ops.SCALED_MM
+
+    def truncating(*args, **kwargs):
+        full = right(*args[:-1], torch.float32, **kwargs)
+        return full if args[-1] == torch.float32 else (full.view(torch.int32) & -(1 << 16)).view(torch.float32).bfloat16()
+
+    monkeypatch.setattr(ops, "SCALED_MM", truncating)
+    found = verdict(MatmulCase(n=256, k=128, m=16))
+    assert "bfloat16 output: error" in found.wrong and found.errors["bfloat16"] < 0.01
+
+
+def test_results_that_differ_from_run_to_run_are_wrong(monkeypatch) -> None:
+    runs = iter(range(10))
+    spoiled(monkeypatch, "SCALED_MM", lambda out: out + (out.dtype == torch.bfloat16) * next(runs))
+    assert verdict(CASES[0]).wrong == "two runs differ"
+
+
+def test_nan_is_wrong(monkeypatch) -> None:
+    spoiled(monkeypatch, "SCALED_MM", lambda out: torch.full_like(out, float("nan")))
+    assert "error nan" in verdict(CASES[0]).wrong
+
+
+@pytest.mark.parametrize("case", quantize_cases([(50, 96)], ("nvfp4", "mxfp4")), ids=lambda case: case.scheme)
+def test_right_quantizers_pass(case) -> None:
+    assert verify_quantize(case, CPU).wrong == ""
+
+
+@pytest.mark.parametrize(("part", "name"), [(0, "codes"), (1, "scales"), (2, "global scale")])
+def test_one_bit_of_a_quantizer_is_seen(monkeypatch, part, name) -> None:
+    def flip(parts):
+        parts = [t.clone() for t in parts]
+        bits = parts[part].view(torch.int32 if part == 2 else torch.uint8)
+        bits.view(-1)[-1] ^= 1
+        return tuple(parts)
+
+    spoiled(monkeypatch, "QUANTIZE", flip)
+    found = verify_quantize(QuantizeCase(rows=50, columns=96), CPU)
+    assert found.wrong.startswith(f"{name}: 1 of ") and "differ from the reference" in found.wrong
+
+
+def test_a_missing_row_is_seen(monkeypatch) -> None:
+    spoiled(monkeypatch, "QUANTIZE", lambda parts: (parts[0][:-1], *parts[1:]))
+    assert "where the reference has" in verify_quantize(QuantizeCase(rows=50, columns=96), CPU).wrong
