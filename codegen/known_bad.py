@@ -32,6 +32,7 @@ class Feature(StrEnum):
     CHAINED_DOTS = "two dots into one accumulator in one turn of a loop"
     MODIFIED_ACCUMULATOR = "an accumulator that is changed between the dots of a loop"
     WARP_SPECIALIZATION = "tl.range(warp_specialize=True)"
+    SPECIALIZED_PLAIN_LOADS = "tl.range(warp_specialize=True) over loads that are not TMA"
     REGISTER_WGMMA = "a Hopper dot in flight whose left operand lies in registers"
     INDUCTOR = "Inductor's own kernels"  # every compiled model has them, and no family of ours relies on them
 
@@ -93,6 +94,10 @@ KNOWN_BAD: Final = (
     KnownBad(
         package="triton", since="3.6", until="", targets=(*_HOPPER, *_SM_120), feature=Feature.WARP_SPECIALIZATION,
         symptom="fails in the compiler on plain matmul loops", source=f"{_TRITON}/issues/10284, {_TRITON}/issues/9728",
+    ),
+    KnownBad(
+        package="triton", since="3.6", until="", targets=_TCGEN05, feature=Feature.SPECIALIZED_PLAIN_LOADS,
+        symptom="gives wrong results", source=f"{_TRITON}/issues/8311",
     ),
     KnownBad(
         package="triton", since="3.6", until="", targets=_HOPPER, feature=Feature.REGISTER_WGMMA,
