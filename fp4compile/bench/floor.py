@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from fp4compile.bench.case import MatmulCase, QuantizeCase
-from fp4compile.bench.timing import Effort, microseconds
 from fp4compile.codegen.formats import FORMATS
 from fp4compile.codegen.target import Target
+from fp4compile.codegen.timing import Effort, microseconds
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,8 +19,8 @@ from fp4compile.bench.floor import Speeds
 from fp4compile.bench.llama import DecoderLayers
 from fp4compile.bench.peers import BASELINE, describe, failures
 from fp4compile.bench.results import OURS, Row
-from fp4compile.bench.timing import Effort
 from fp4compile.codegen.formats import NVFP4, QuantConfig
+from fp4compile.codegen.timing import Effort
 from fp4compile.demo.fake_quant import FakeQuantLinear
 
 Run = Callable[[], Tensor]

@@ -13,10 +13,10 @@ from fp4compile.bench.floor import Speeds, matmul_floor, quantize_floor
 from fp4compile.bench.ours import Product, activation, dense_weight, quantize_call, seed_for
 from fp4compile.bench.peers import PEERS, Peer, describe, failures, noting_failure
 from fp4compile.bench.results import OURS, Row
-from fp4compile.bench.timing import Call, Effort, Timed, copies_for, in_turns, prepare
 from fp4compile.bench.verify import Verdict, verify_product, verify_quantize
 from fp4compile.codegen.formats import FORMATS
 from fp4compile.codegen.target import target_of
+from fp4compile.codegen.timing import Call, Effort, Timed, copies_for, in_turns, prepare
 
 Probe = Callable[[Peer, MatmulCase], str]
 

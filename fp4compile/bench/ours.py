@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from fp4compile.bench.case import MatmulCase, QuantizeCase
-from fp4compile.bench.timing import Call
 from fp4compile.codegen import ops
 from fp4compile.codegen.formats import Layout, QuantConfig, round_up
 from fp4compile.codegen.kernel_spec import KernelSpec
 from fp4compile.codegen.registry import kernel_for, layouts_for
 from fp4compile.codegen.target import Target
+from fp4compile.codegen.timing import Call
 
 Quantized = tuple[Tensor, Tensor, Tensor]  # codes, scales, global scale
 Side = tuple[Tensor, Tensor | None, Tensor | None]  # the same, or a high-precision tensor and twice None

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from fp4compile.bench.case import MatmulCase
 from fp4compile.bench.ours import activation, dense_weight
-from fp4compile.bench.timing import Call, copies_for
 from fp4compile.codegen.errors import Fp4CompileError
+from fp4compile.codegen.timing import Call, copies_for
 
 _GROUP: Final = 128  # of torch's int4
 _PROBE_SECONDS: Final = 300

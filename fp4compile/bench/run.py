@@ -19,8 +19,8 @@ from fp4compile.bench.measure import Bench
 from fp4compile.bench.peers import BASELINE, PEERS, Peer, probe
 from fp4compile.bench.results import Results, Row
 from fp4compile.bench.table import as_text
-from fp4compile.bench.timing import FULL, QUICK, Effort
 from fp4compile.codegen.formats import FORMATS
+from fp4compile.codegen.timing import FULL, QUICK, Effort
 
 MODES: Final = ("default", "reduce-overhead")
 

@@ -11,8 +11,8 @@ from fp4compile.bench.case import LayerCase, layer_cases
 from fp4compile.bench.floor import Speeds
 from fp4compile.bench.layer import measure_layer
 from fp4compile.bench.llama import LLAMAS, DecoderLayers
-from fp4compile.bench.timing import Effort
 from fp4compile.codegen.formats import QuantConfig
+from fp4compile.codegen.timing import Effort
 
 CPU = torch.device("cpu")
 SPEEDS = Speeds(copy=1000.0, matmul=1e6)

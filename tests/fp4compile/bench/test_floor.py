@@ -1,4 +1,4 @@
-"""Contenders take turns and the median counts; floors are the bytes and operations of the case, and nothing else."""
+"""Floors are the bytes and operations of the case, and nothing else."""
 
 from __future__ import annotations
 
@@ -7,44 +7,13 @@ import torch
 
 from fp4compile.bench.case import MatmulCase, QuantizeCase
 from fp4compile.bench.floor import Speeds, matmul_floor, measure_speeds, quantize_floor
-from fp4compile.bench.timing import QUICK, Effort, copies_for, in_turns, prepare
 from fp4compile.codegen.target import Target
+from fp4compile.codegen.timing import Effort
 
 CPU = torch.device("cpu")
 HOPPER = Target(name="sm_90", device_type="cuda", capability=90)
 BLACKWELL = Target(name="sm_100", device_type="cuda", capability=100)
 SPEEDS = Speeds(copy=1000.0, matmul=1e6)
-
-
-class Told:
-    """A contender whose times are told beforehand."""
-
-    def __init__(self, name: str, times: list[float], log: list[str]) -> None:
-        self.name, self.times, self.log = name, iter(times), log
-
-    def turn(self) -> float:
-        self.log.append(self.name)
-        return next(self.times)
-
-
-def test_contenders_take_turns_and_the_median_counts() -> None:
-    log: list[str] = []
-    found = in_turns({"a": Told("a", [9, 1, 2], log), "b": Told("b", [5, 5, 70], log)}, Effort(rounds=3, turn=0))
-    assert found == {"a": 2, "b": 5}
-    assert log == ["a", "b"] * 3
-
-
-def test_every_copy_is_called_in_its_turn_on_the_cpu() -> None:
-    called: list[int] = []
-    timed = prepare([lambda i=i: called.append(i) for i in range(5)], CPU, QUICK)
-    warm = len(called)
-    assert timed.turn() > 0 and timed.turn() > 0
-    assert called[warm:] == [i % 5 for i in range(16)]
-
-
-def test_copies_exceed_the_cache_four_times_within_limits() -> None:
-    assert copies_for(16 << 20, CPU) * (16 << 20) >= 4 * (32 << 20)
-    assert copies_for(10**12, CPU) == 2 and copies_for(1, CPU) == 64
 
 
 def test_floor_of_a_product_in_bytes_is_weight_input_and_output() -> None:
