@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ class KernelFamily:
     a_layout: Layout = Layout.PLAIN
     b_layout: Layout = Layout.PLAIN
     relies_on: frozenset[Feature] = frozenset()  # what its kernels ask of their compiler that some version of it gets wrong
+    search: str = ""  # module whose function `search(spec, m, n, k, device)` records the fastest tile, see `tuning.py`
 
     def supports(self, spec: KernelSpec, target: Target) -> bool:
         here = target.device_type == self.device_type and target.capability in self.capabilities
@@ -77,6 +79,15 @@ def relied_on(names: Iterable[str]) -> frozenset[Feature]:
     """What the families of these names rely on; names of no family count for nothing."""
     wanted = set(names)
     return frozenset().union(*(family.relies_on for family in FAMILIES if family.name in wanted))
+
+
+def search_tiles(spec: KernelSpec, target: Target, m: int, n: int, k: int, device: torch.device) -> bool:
+    """Let the family that runs `spec` search its tiles for one product; False where it has none to choose from."""
+    family = _family_for(spec, target)
+    if family is None or not family.search:
+        return False
+    importlib.import_module(family.search).search(spec, m, n, k, device)
+    return True
 
 
 def families_on(target: Target) -> list[str]:
