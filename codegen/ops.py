@@ -16,7 +16,7 @@ from torch.library import Library, register_fake
 
 from fp4compile.codegen.cpu import launch as cpu
 from fp4compile.codegen.formats import FORMATS, GlobalScale, Layout, QuantConfig, Signs, round_up
-from fp4compile.codegen.reference.block import quantize_ref
+from fp4compile.codegen.reference.block import dequantize_ref, quantize_ref
 from fp4compile.codegen.reference.layout import laid_out_shapes, lay_out_ref, plain_ref, rows_of
 
 _LIB = Library("fp4", "DEF")
@@ -32,11 +32,13 @@ _LIB.define(
 _LIB.define(f"scaled_mm({_OPERANDS}, Tensor? bias, SymInt k, ScalarType out_dtype, {_LAYOUTS}) -> Tensor", tags=_TAGS)
 _LIB.define(f"scaled_grouped_mm({_OPERANDS}, Tensor offs, SymInt k, ScalarType out_dtype, {_LAYOUTS}) -> Tensor", tags=_TAGS)
 _LIB.define("hadamard(Tensor x, int axis, int size) -> Tensor", tags=_TAGS)
+_LIB.define("dequantize(Tensor codes, Tensor scales, Tensor global_scale, SymInt k, ScalarType dtype) -> Tensor", tags=_TAGS)
 
 QUANTIZE: Final = torch.ops.fp4.quantize.default
 SCALED_MM: Final = torch.ops.fp4.scaled_mm.default
 SCALED_GROUPED_MM: Final = torch.ops.fp4.scaled_grouped_mm.default
 HADAMARD: Final = torch.ops.fp4.hadamard.default
+DEQUANTIZE: Final = torch.ops.fp4.dequantize.default
 
 
 def quantize_args(config: QuantConfig) -> tuple[object, ...]:
@@ -85,12 +87,18 @@ def _hadamard_fake(x, axis, size):
     return x.new_empty(shape)
 
 
+@register_fake("fp4::dequantize", lib=_LIB)
+def _dequantize_fake(codes, scales, global_scale, k, dtype):
+    return codes.new_empty((*codes.shape[:-1], k), dtype=dtype)
+
+
 # For passes that add many nodes: the fake implementations themselves, several times cheaper than dispatching the operator.
 SHAPE_RULES: Final = {
     QUANTIZE: _quantize_fake,
     SCALED_MM: _scaled_mm_fake,
     SCALED_GROUPED_MM: _scaled_grouped_mm_fake,
     HADAMARD: _hadamard_fake,
+    DEQUANTIZE: _dequantize_fake,
 }
 
 
@@ -126,6 +134,11 @@ def _product_cpu(multiply):
     return call
 
 
+def _dequantize(codes: Tensor, scales: Tensor, global_scale: Tensor, k: int, dtype: torch.dtype) -> Tensor:
+    """One rounding to `dtype`. On every device plain PyTorch: only a backward that its policy keeps in high precision reads it."""
+    return dequantize_ref(codes, scales, global_scale)[..., :k].to(dtype).contiguous()
+
+
 def _hadamard_cpu(x: Tensor, axis: int, size: int) -> Tensor:
     return cpu.hadamard(x, size) if axis == -1 else cpu.hadamard(x.mT, size).mT.contiguous()
 
@@ -134,6 +147,8 @@ _LIB.impl("quantize", _or_offline(_quantize_cpu), "CPU")
 _LIB.impl("scaled_mm", _product_cpu(cpu.scaled_mm), "CPU")
 _LIB.impl("scaled_grouped_mm", _product_cpu(cpu.scaled_grouped_mm), "CPU")
 _LIB.impl("hadamard", _hadamard_cpu, "CPU")
+_LIB.impl("dequantize", _dequantize, "CPU")
+_LIB.impl("dequantize", _dequantize, "CUDA")
 
 
 def _on_cuda(name: str):

@@ -24,6 +24,8 @@ _HOME = {
     "load_policy": "fp4compile.policy.load",
     "refresh": "fp4compile.originals",
     "restore": "fp4compile.originals",
+    "current_step": "fp4compile.steps",
+    "set_step": "fp4compile.steps",
 }
 __all__ = sorted(_HOME)
 

@@ -22,6 +22,7 @@ from fp4compile.policy.load import load_policy
 from fp4compile.policy.rule import Policy
 from fp4compile.report.report import Report
 from fp4compile.report.trace import Trace
+from fp4compile.steps import CLOCK
 from fp4compile.weights import STORE
 
 _RECORDS: list[GraphRecord] = []
@@ -35,9 +36,11 @@ def fp4(
     where = 'torch.compile(backend="fp4")'
     target = target_of(capture.device_of(example_inputs), where=where)
     check_versions(target, (), where=where)
-    policy = load_policy(chosen.policy)
+    policy, step = load_policy(chosen.policy), CLOCK.step
+    if policy.schedule:
+        capture.recompile_when_changed(lambda: policy.phase(CLOCK.step), f"phase of the schedule of policy {policy.name}")
     record = GraphRecord(id=capture.compile_id(), training=False, target=target.name, policy=policy.name)
-    transform = _Transform.of(gm, example_inputs, policy, chosen, record, PIPELINE)
+    transform = _Transform.of(gm, example_inputs, policy, chosen, record, PIPELINE, step)
 
     def checked_transform(graph: fx.GraphModule) -> None:
         transform(graph)
@@ -51,7 +54,7 @@ def fp4(
         gm,
         example_inputs,
         transform=checked_transform,
-        fingerprint=chosen.fingerprint(policy.fingerprint()),
+        fingerprint=chosen.fingerprint(f"{policy.fingerprint()} {policy.phase(step)}"),
         mode=chosen.mode,
         inductor=dict(chosen.inductor),
         store=STORE,
@@ -85,7 +88,7 @@ def explain(model: Callable[..., Any], *args: Any, policy: Any = "auto", strict:
     def dry_run(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         target = target_of(capture.device_of(example_inputs), where="explain")
         record = GraphRecord(id=capture.compile_id(), training=False, target=target.name, policy=loaded.name)
-        transform = _Transform.of(gm, example_inputs, loaded, chosen, record, ANALYSIS)
+        transform = _Transform.of(gm, example_inputs, loaded, chosen, record, ANALYSIS, CLOCK.step)
         compiled = handoff.trace_only(gm, example_inputs, transform=transform, fingerprint="explain")
         records.append(record)  # at the end: Inductor may give up half-way and ask Dynamo for another graph
         return compiled
@@ -110,19 +113,27 @@ class _Transform:
     passes: Sequence[Pass]
     parameters: Mapping[int, str]
     buffers: frozenset[int]
+    step: int  # optimizer steps done, by which a schedule goes
 
     @classmethod
     def of(
-        cls, gm: fx.GraphModule, inputs: Sequence[Any], policy: Policy, options: Options, record: GraphRecord, passes: Sequence[Pass]
+        cls,
+        gm: fx.GraphModule,
+        inputs: Sequence[Any],
+        policy: Policy,
+        options: Options,
+        record: GraphRecord,
+        passes: Sequence[Pass],
+        step: int,
     ) -> _Transform:
         names, buffers = capture.parameter_names(gm, inputs), capture.buffer_positions(gm)
-        return cls(policy=policy, options=options, record=record, passes=passes, parameters=names, buffers=buffers)
+        return cls(policy=policy, options=options, record=record, passes=passes, parameters=names, buffers=buffers, step=step)
 
     def __call__(self, gm: fx.GraphModule) -> None:
         capture.mark_inputs(gm.graph, self.buffers)
         record, target = self.record, target_of(capture.device_of([n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]))
         record.training = any(is_backward(node) for node in gm.graph.nodes)
-        policy = self.policy.resolve_for(target, training=record.training)
+        policy = self.policy.resolve_for(target, training=record.training).at(self.step)
         record.policy = policy.name
 
         def decide(sites: list[Site]) -> list[Decision]:

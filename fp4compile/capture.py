@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.source import GlobalStateSource
 from torch._functorch._aot_autograd.descriptors import PlainAOTInput
-from torch._guards import CompileContext
+from torch._guards import CompileContext, Guard, TracingContext
 
+from fp4compile.codegen.errors import Fp4CompileError
 from fp4compile.passes.module_path import readable_path
 from fp4compile.passes.site import set_input
+
+
+class NoGuard(Fp4CompileError, RuntimeError):
+    template = (
+        "{name} decides what is compiled, but the graph did not come from Dynamo, which would notice a change. "
+        "Compile with torch.compile, or give a policy without [[schedule]]."
+    )
 
 
 def parameter_names(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[int, str]:
@@ -48,6 +57,25 @@ def mark_inputs(graph: fx.Graph, buffers: Container[int] = ()) -> None:
     for node in graph.nodes:
         if node.op == "placeholder" and isinstance(described := node.meta.get("desc"), PlainAOTInput):
             set_input(node, described.idx, buffer=described.idx in buffers)
+
+
+def recompile_when_changed(value: Callable[[], object], name: str) -> None:
+    """Have Dynamo compile the frame at hand again, or take up an earlier compilation, once `value()` is another than now.
+
+    Raises `NoGuard` where no frame is being compiled.
+    """
+    context = TracingContext.try_get()
+    if context is None:
+        raise NoGuard(name=name)
+    found = value()
+
+    def add_guard(builder: Any, guard: Guard) -> None:
+        add = builder.guard_manager.root.add_lambda_guard
+        parts: tuple[Any, ...] = (lambda _: value() == found, [f"fp4compile: {name} == {found!r}"])
+        # The third argument, a stack to show, came with torch 2.12; pybind says which there are.
+        add(*parts, None) if "arg2" in (add.__doc__ or "") else add(*parts)
+
+    context.guards_context.dynamo_guards.add(GlobalStateSource().make_guard(add_guard))
 
 
 def compile_id() -> str:

@@ -43,7 +43,7 @@ class AssignPrecision(Pass):
 
 def plan_for(site: Site, decision: Decision, target: Target) -> tuple[Plan, bool]:
     """The plan, and whether the policy asked for 4 bits that this site cannot have."""
-    untouched = Plan(lhs=None, rhs=None, rule=decision.rule, reason=decision.reason)
+    untouched = Plan(lhs=None, rhs=None, rule=decision.rule, reason=decision.reason, dequantized=decision.dequantized)
     if not decision.configs:
         return (untouched if not site.refusal else Plan(lhs=None, rhs=None, rule="", reason=site.refusal)), False
     if site.refusal or site.lhs is None or site.rhs is None:

@@ -2,7 +2,8 @@
 
     mm(a, b)  ->  mm(a, b), planned to read fp4.hadamard(a) and fp4.hadamard(b)
 
-Both operands of a matmul are rotated along its contraction dimension, so that the rotation cancels inside the product.
+Both operands of a matmul are rotated along its contraction dimension, so that the rotation cancels inside the product. Random signs are
+one more product in front of the rotation, with ones and minus ones that both operands share.
 """
 
 from __future__ import annotations
@@ -10,13 +11,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
 from torch import fx
 
 from fp4compile.codegen import ops
-from fp4compile.codegen.formats import QuantConfig
+from fp4compile.codegen.formats import QuantConfig, Signs
 from fp4compile.passes.base import Pass, PassContext, PassResult
-from fp4compile.passes.insert import call, place_after
-from fp4compile.passes.site import Operand, plan_of, set_plan, set_site, site_of
+from fp4compile.passes.insert import call, place_after, size_node
+from fp4compile.passes.match import aten
+from fp4compile.passes.site import Operand, Plan, fake_of, plan_of, set_plan, set_site, site_of
+
+_ONLY_BACKWARD = "must_be_in_backward"  # a tag of torch's partitioner
 
 
 @dataclass(frozen=True)
@@ -33,19 +38,53 @@ def _rotate(node: fx.Node) -> int:
     site, plan = site_of(node), plan_of(node)
     if site is None or plan is None or site.lhs is None or site.rhs is None:
         return 0
-    lhs, left = _rotated(site.lhs, plan.lhs, node)
-    rhs, right = _rotated(site.rhs, plan.rhs, node)
+    signs = _draw(node, plan) if any(c is not None and c.signs is Signs.RANDOM for c in (plan.lhs, plan.rhs)) else None
+    lhs, left = _rotated(site.lhs, plan.lhs, node, signs)
+    rhs, right = _rotated(site.rhs, plan.rhs, node, signs)
     set_site(node, replace(site, lhs=lhs, rhs=rhs))
     set_plan(node, replace(plan, lhs=left, rhs=right))
     return (lhs is not site.lhs) + (rhs is not site.rhs)
 
 
-def _rotated(operand: Operand, config: QuantConfig | None, node: fx.Node) -> tuple[Operand, QuantConfig | None]:
+def _rotated(operand: Operand, config: QuantConfig | None, node: fx.Node, signs: fx.Node | None) -> tuple[Operand, QuantConfig | None]:
     if config is None or not config.hadamard:
         return operand, config
-    with node.graph.inserting_after(place_after(operand.source)):
-        value = call(node.graph, ops.HADAMARD, (operand.source, operand.axis, config.hadamard), like=node, tag=_side(operand.source))
-    return replace(operand, source=value), replace(config, hadamard=0)
+    if signs is None:
+        source, place, tag = operand.source, place_after(operand.source), _side(operand.source)
+    else:
+        # Before the matmul itself: the draw stands there, and in the backward both operands do.
+        source = _with_signs(operand, signs, node)
+        place, tag = source, _side(source)
+    with node.graph.inserting_after(place):
+        value = call(node.graph, ops.HADAMARD, (source, operand.axis, config.hadamard), like=node, tag=tag)
+    return replace(operand, source=value), replace(config, hadamard=0, signs=Signs.FIXED)
+
+
+def _draw(node: fx.Node, plan: Plan) -> fx.Node:
+    """(size,) of 0 and 1, new in every call. The partitioner may never split it: a second draw would not cancel the first."""
+    config = plan.lhs or plan.rhs
+    assert config is not None
+    value = fake_of(node)
+    kwargs = {"dtype": torch.int64, "device": value.device, "pin_memory": False}
+    with node.graph.inserting_before(node), value.fake_mode:
+        return call(node.graph, aten.randint.low, (0, 2, [config.hadamard]), kwargs, like=node, tag=_ONLY_BACKWARD)
+
+
+def _with_signs(operand: Operand, signs: fx.Node, node: fx.Node) -> fx.Node:
+    """The operand times 1 - 2 signs, repeated along its axis."""
+    graph, source = node.graph, operand.source
+    value = fake_of(source)
+    with graph.inserting_before(node), value.fake_mode:
+        length = size_node(graph, source, operand.axis, like=node)
+        kwargs = {"dtype": torch.int64, "device": value.device, "pin_memory": False}
+        place = call(graph, aten.arange.start_step, (0, length, 1), kwargs, like=node, tag="is_backward")
+        place = call(graph, aten.remainder.Scalar, (place, fake_of(signs).shape[0]), like=node, tag="is_backward")
+        drawn = call(graph, aten.index.Tensor, (signs, [place]), like=node, tag="is_backward")
+        if operand.axis == -2:
+            drawn = call(graph, aten.unsqueeze.default, (drawn, -1), like=node, tag="is_backward")
+        minus = call(graph, aten.neg.default, (source,), like=node, tag="is_backward")
+        chosen = call(graph, aten.ne.Scalar, (drawn, 0), like=node, tag="is_backward")
+        return call(graph, aten.where.self, (chosen, minus, source), like=node, tag="is_backward")
 
 
 def _side(source: fx.Node) -> str | None:

@@ -11,6 +11,7 @@ from torch import fx
 from fp4compile.passes.assign_precision import AssignPrecision
 from fp4compile.passes.base import Pass, PassContext
 from fp4compile.passes.cleanup import Cleanup
+from fp4compile.passes.dequantize_backward import DequantizeBackward
 from fp4compile.passes.find_matmuls import FindMatmuls
 from fp4compile.passes.fold_weights import FoldWeights
 from fp4compile.passes.fuse_prologue import FusePrologue
@@ -34,6 +35,7 @@ PIPELINE: Final[tuple[Pass, ...]] = (
     InsertHadamard(),  # before quantizing: what is quantized is the rotated value
     InsertQuantize(),
     ShareQuantize(),  # before fusing, so that two readers of one rotation still are one node
+    DequantizeBackward(),  # before fusing, which hides whether a forward is rotated
     FusePrologue(),
     FoldWeights(),  # after fusing: a folded weight is computed by its final quantize node
     SelectKernels(),

@@ -84,6 +84,7 @@ class Decision:
     configs: dict[OperandKind, QuantConfig]
     rule: str  # "preset nvfp4, rule 2", "policy.toml, rule 1"
     reason: str  # a sentence fragment for the report: "output head", "down_proj kept safer"
+    dequantized: bool = False  # a backward matmul in high precision, on what the forward's codes decode to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +95,7 @@ class Plan:
     rhs: QuantConfig | None
     rule: str
     reason: str
+    dequantized: bool = False
 
     @property
     def quantizes(self) -> bool:
@@ -169,4 +171,4 @@ def fake_of(node: fx.Node) -> Any:
 
 
 def is_backward(node: fx.Node) -> bool:
-    return node.meta.get("partitioner_tag") == "is_backward"
+    return node.meta.get("partitioner_tag") in ("is_backward", "must_be_in_backward")

@@ -49,6 +49,14 @@ def check_coverage(policy: Policy, sites: Sequence[Site], matching: Sequence[Seq
             raise problem
         if problem is not None:
             warnings.warn(str(problem), RuleWarning, stacklevel=3)
+    for switch in policy.schedule:  # now, not when the run has come to its step
+        rule = switch.rule
+        if rule is None or rule.optional or not _could_match(rule, training) or any(rule.covers(s, training=training) for s in sites):
+            continue
+        missing = RuleMatchesNothing(where=rule.label, keys=match_text(rule.match), count=len(sites), nearest=_nearest(rule, sites))
+        if policy.unmatched == "error":
+            raise missing
+        warnings.warn(str(missing), RuleWarning, stacklevel=3)
 
 
 def _could_match(rule: Rule, training: bool) -> bool:

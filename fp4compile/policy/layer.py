@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Final
 
-from fp4compile.codegen.errors import Fp4CompileError, IllegalCombination
-from fp4compile.codegen.formats import FORMATS, FP32_MAX, HADAMARD_SIZES, Block, GlobalScale, Rounding, ScaleRule
+from fp4compile.codegen.errors import IllegalCombination
+from fp4compile.codegen.formats import FORMATS, FP32_MAX, HADAMARD_SIZES, Block, GlobalScale, Rounding, ScaleRule, Signs
 from fp4compile.passes.site import OperandKind, Role
 from fp4compile.policy.pattern import compile_pattern, depth_range
 from fp4compile.policy.reading import (
@@ -24,25 +24,20 @@ from fp4compile.policy.reading import (
     texts_at,
     whole_number_at,
 )
-from fp4compile.policy.rule import OPS, TRAITS, Match, Rule, Training
+from fp4compile.policy.rule import OPS, TRAITS, Match, Rule, Switch, Training
 from fp4compile.policy.setting import BACKWARD, KINDS, OPERANDS, OperandTable, Precision, Setting
 
 VERSION: Final = 1
 _TOP_KEYS = ("version", "name", "description", "extends", "unmatched", "default", "rule", "training", "schedule")
 _PRESET_KEYS = (*_TOP_KEYS, "auto")
-_SETTING_KEYS = ("precision", "format", "hadamard")
+_SETTING_KEYS = ("precision", "format", "hadamard", "signs")
 _BOUNDS = ("min_m", "max_m", "min_n", "max_n", "min_k", "max_k")
 MATCH_KEYS: Final = ("match", "role", "op", "class", "trait", "graph", "depth", *_BOUNDS)
 _TRAINED: Final = (Role.FPROP, *BACKWARD)
+_RULE_KEYS: Final = (*MATCH_KEYS, *_SETTING_KEYS, *KINDS, "reason", "optional", "origin")
+_BACKWARD: Final = {"high_precision": Precision.HIGH, "dequantized": Precision.DEQUANTIZED, "quantized": Precision.W4A4}
 _PRECISIONS = {**{str(p): p for p in Precision}, "bf16": Precision.HIGH}
-_ORIGIN = re.compile(r"(?P<file>.+), rule (?P<number>\d{1,9})", re.DOTALL)
-
-
-class ScheduleNotAvailable(Fp4CompileError, NotImplementedError):
-    template = (
-        "{where}: schedules are not available in this version; the policy holds for the whole run. "
-        "Delete the table, and for a late switch compile again with another policy when the step is reached."
-    )
+_ORIGIN = re.compile(r"(?P<file>.+), (rule|schedule) (?P<number>\d{1,9})", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +59,7 @@ class Layer:
     default: Setting
     training: Training
     rules: tuple[Rule, ...]
+    schedule: tuple[Switch, ...] = ()
     auto: AutoChoice | None = None
 
     def over(self, base: Layer) -> Layer:
@@ -74,16 +70,17 @@ class Layer:
             default=self.default.over(base.default),
             training=self.training.over(base.training),
             rules=(*base.rules, *self.rules),
+            schedule=(*base.schedule, *self.schedule),
         )
 
 
 def parse_layer(table: Table, *, label: str, preset: bool = False) -> Layer:
-    """Read one parsed file. Raises `UnknownName`, `WrongValue`, `IllegalCombination` or `ScheduleNotAvailable`, which name the place."""
+    """Read one parsed file. Raises `UnknownName`, `WrongValue` or `IllegalCombination`, which name the place."""
     refuse_unknown_keys(table, _PRESET_KEYS if preset else _TOP_KEYS, label)
     version = table.get("version")
     if version != VERSION or isinstance(version, bool):
         raise WrongValue(where=label, key="version", found=version, needed=f"this release reads version = {VERSION}")
-    layer = Layer(
+    return Layer(
         label=label,
         name=text_at(table, "name", label),
         description=text_at(table, "description", label),
@@ -92,11 +89,9 @@ def parse_layer(table: Table, *, label: str, preset: bool = False) -> Layer:
         default=_default(table_at(table, "default", label), label),
         training=_training(table_at(table, "training", label), label),
         rules=tuple(_rule(rule, label, number, preset) for number, rule in enumerate(tables_at(table, "rule", label), 1)),
+        schedule=tuple(_switch(switch, label, number) for number, switch in enumerate(tables_at(table, "schedule", label), 1)),
         auto=AutoChoice(**table["auto"]) if "auto" in table else None,
     )
-    for number, schedule in enumerate(tables_at(table, "schedule", label), 1):
-        _refuse_schedule(schedule, f"{label}, schedule {number}")
-    return layer
 
 
 def _default(table: Table | None, label: str) -> Setting:
@@ -111,15 +106,32 @@ def _training(table: Table | None, label: str) -> Training:
     if table is None:
         return Training()
     where = f"{label}, [training]"
-    refuse_unknown_keys(table, _TRAINED, where)
-    return Training(**{str(role): _training_role(table, role, label) for role in _TRAINED if role in table})
+    refuse_unknown_keys(table, (*_TRAINED, "backward"), where)
+    return _roles(table, where, label)
 
 
-def _training_role(table: Table, role: Role, label: str) -> Setting:
-    where = f"{label}, [training] {role}"
+def _roles(table: Table, place: str, label: str) -> Training:
+    given = {str(role): _role(table, role, place, label) for role in _TRAINED if role in table}
+    backward = name_at(table, "backward", _BACKWARD, place)
+    if backward is None:
+        return Training(**given)
+    named = [role for role in BACKWARD if role in table]
+    if named and backward != "quantized":
+        raise IllegalCombination(
+            where=place,
+            found=f'backward = "{backward}" beside {" and ".join(named)}',
+            needed="It decides both roles.",
+            advice="Give one of the two: the backward as a whole, or its roles.",
+        )
+    whole = Setting(precision=_BACKWARD[backward], origin=label)
+    return Training(**{**{str(role): whole for role in BACKWARD}, **given})
+
+
+def _role(table: Table, role: Role, place: str, label: str) -> Setting:
+    where = f"{place} {role}"
     if isinstance(table[role], str):
         return Setting(precision=_precision({"precision": table[role]}, where), origin=label)
-    given = table_at(table, role, f"{label}, [training]")
+    given = table_at(table, role, place)
     assert given is not None
     refuse_unknown_keys(given, ("origin", *_SETTING_KEYS, *OPERANDS[role]), where)
     setting = _setting(given, where, text_at(given, "origin", where) or label, OPERANDS[role])
@@ -128,9 +140,28 @@ def _training_role(table: Table, role: Role, label: str) -> Setting:
     return setting.spelled_out(OPERANDS[role])
 
 
-def _rule(table: Table, label: str, number: int, preset: bool) -> Rule:
-    where = f"{label}, rule {number}"
-    refuse_unknown_keys(table, (*MATCH_KEYS, *_SETTING_KEYS, *KINDS, "reason", "optional", "origin"), where)
+def _switch(table: Table, label: str, number: int) -> Switch:
+    """Roles as in [training], exceptions as in [[rule]], or both."""
+    where = f"{label}, schedule {number}"
+    refuse_unknown_keys(table, ("from_step", *_TRAINED, "backward", *_RULE_KEYS), where)
+    origin, place = _rule_origin(table, where, label, number)
+    step = whole_number_at(table, "from_step", where)
+    if step is None:
+        raise WrongValue(where=where, key="from_step", found=None, needed="its first step is needed, as in from_step = 90_000")
+    training = _roles(table, where, origin)
+    own = {key: value for key, value in table.items() if key in _RULE_KEYS and key != "origin"}
+    rule = None
+    if own:
+        rule = replace(_rule(own, label, number, preset=False, where=where), number=place, table="schedule")
+        rule = replace(rule, setting=replace(rule.setting, origin=origin), reason=rule.reason or f"from step {step} on")
+    elif training == Training():
+        raise WrongValue(where=where, key="schedule", found=dict(table), needed='something that changes is needed, as fprop = "bf16"')
+    return Switch(from_step=step, origin=origin, number=place, training=training, rule=rule)
+
+
+def _rule(table: Table, label: str, number: int, preset: bool, where: str = "") -> Rule:
+    where = where or f"{label}, rule {number}"
+    refuse_unknown_keys(table, _RULE_KEYS, where)
     if not any(key in table for key in MATCH_KEYS):
         raise WrongValue(where=where, key="rule", found=dict(table), needed='a key that matches is needed, as match = "**"')
     origin, number = _rule_origin(table, where, label, number)
@@ -225,6 +256,7 @@ def _setting(table: Table, where: str, origin: str, kinds: tuple[OperandKind, ..
         precision=_precision(table, where),
         format=name_at(table, "format", FORMATS, where),
         hadamard=_hadamard(table, where),
+        signs=name_at(table, "signs", Signs, where),
         origin=origin,
         **{str(kind): _operand(table_at(table, kind, where), f"{where}, {kind}") for kind in kinds},
     )
@@ -244,6 +276,7 @@ def _operand(table: Table | None, where: str) -> OperandTable:
         rounding=name_at(table, "rounding", Rounding, where),
         hadamard=_hadamard(table, where),
         static_amax=_static_amax(table, where),
+        signs=name_at(table, "signs", Signs, where),
     )
 
 
@@ -261,12 +294,3 @@ def _static_amax(table: Table, where: str) -> float | None:
     if not isinstance(found, int | float) or isinstance(found, bool) or not 0 < found < FP32_MAX:
         raise WrongValue(where=where, key="static_amax", found=found, needed="a positive finite number is needed")
     return float(found)
-
-
-def _refuse_schedule(table: Table, where: str) -> None:
-    refuse_unknown_keys(table, ("from_step", *_TRAINED), where)
-    if whole_number_at(table, "from_step", where) is None:
-        raise WrongValue(where=where, key="from_step", found=None, needed="its first step is needed, as in from_step = 90_000")
-    for role in _TRAINED:
-        name_at(table, role, _PRECISIONS, where)
-    raise ScheduleNotAvailable(where=where)

@@ -19,7 +19,7 @@ def refuse_illegal(policy: Policy) -> None:
         where = policy.source_of(role, training=True)
         setting = policy.setting_for(None, role, training=True)
         quantized = configs_of(setting, role, where)
-        if own.precision is not None and own.precision is not Precision.HIGH and not quantized:
+        if own.precision not in (None, Precision.HIGH, Precision.DEQUANTIZED) and not quantized:
             raise _quantizes_nothing(where, f'precision = "{own.precision}"', "Under w4a16 only weights are 4-bit, and it has none.")
     for rule in policy.rules:
         _refuse_illegal_rule(policy, rule)
@@ -44,7 +44,7 @@ def _refuse_illegal_rule(policy: Policy, rule: Rule) -> None:
             needed=_why_unused(policy, rule, unused[0]),
             advice="Change that, or leave the table out.",
         )
-    if rule.setting.precision is not Precision.HIGH and not quantized:
+    if rule.setting.precision not in (Precision.HIGH, Precision.DEQUANTIZED) and not quantized:
         raise _quantizes_nothing(rule.label, setting_text(rule.setting), _why_unused(policy, rule, OperandKind.WEIGHT))
     if rule.setting.precision is Precision.HIGH and (rule.setting.format or rule.setting.hadamard):
         raise _quantizes_nothing(rule.label, setting_text(rule.setting), 'Its precision is "high".')

@@ -45,7 +45,7 @@ def load_policy(source: str | os.PathLike[str] | Policy | Mapping[str, Any]) -> 
     """The policy that `source` names or holds: a preset's name, the path of a TOML file, a parsed file, or a policy already.
 
     Raises `UnknownName` for a name that is neither preset nor file, and for unknown keys and values; `InvalidToml`, `UnreadablePolicy`,
-    `WrongValue`, `IllegalCombination`, `CircularExtends`, `NothingToStartFrom`, `ScheduleNotAvailable`. All are `Fp4CompileError`.
+    `WrongValue`, `IllegalCombination`, `CircularExtends`, `NothingToStartFrom`. All are `Fp4CompileError`.
     """
     if isinstance(source, Policy):
         return source
@@ -111,8 +111,14 @@ def _build(layers: list[Layer], name: str) -> Policy:
     if layers[0].auto is not None:
         return _auto(layers[0], layers[1:], name, description)
     policy = _flat(layers, name, description)
-    refuse_illegal(policy)
+    _refuse_illegal_at_any_step(policy)
     return policy
+
+
+def _refuse_illegal_at_any_step(policy: Policy) -> None:
+    refuse_illegal(policy)
+    for switch in policy.schedule:
+        refuse_illegal(policy.at(switch.from_step))
 
 
 def _auto(base: Layer, own: list[Layer], name: str, description: str) -> Policy:
@@ -127,7 +133,7 @@ def _auto(base: Layer, own: list[Layer], name: str, description: str) -> Policy:
     native, other = (_in_training(laid_over(preset), training) for preset in (base.auto.native, base.auto.other))
     for policy in (native, other, training):
         try:
-            refuse_illegal(policy)
+            _refuse_illegal_at_any_step(policy)
         except IllegalCombination as error:
             raise IllegalCombination(**{**error.fields, "where": f"{policy.name}: {error.fields['where']}"}) from None
     only_own = reduce(lambda below, layer: layer.over(below), own) if own else base
@@ -148,6 +154,7 @@ def _policy(layer: Layer, name: str, description: str) -> Policy:
         default=layer.default,
         training=layer.training,
         rules=layer.rules,
+        schedule=tuple(sorted(layer.schedule, key=lambda switch: switch.from_step)),
         unmatched=layer.unmatched or "error",
     )
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from fp4compile.policy.setting import KINDS, OperandTable, Setting
 
 if TYPE_CHECKING:
-    from fp4compile.policy.rule import Match, Policy, Rule
+    from fp4compile.policy.rule import Match, Policy, Rule, Switch
 
 _HEADER = "# Resolved by fp4compile; it loads as a policy file. `origin` says where each part came from."
 _TRAINING_ROLES = ("fprop", "dgrad", "wgrad")
@@ -28,6 +28,13 @@ def policy_text(policy: Policy) -> str:
             lines += ["", f"[{name}]", *_assignments([("origin", setting.origin), *setting_items(setting)])]
     for rule in policy.rules:
         lines += ["", "[[rule]]", *_assignments(_rule_items(rule))]
+    for switch in policy.schedule:
+        lines += ["", "[[schedule]]", *_assignments([("origin", switch.label), ("from_step", switch.from_step)])]
+        lines += _assignments(_switch_items(switch))
+        for role in _TRAINING_ROLES:
+            own = getattr(switch.training, role)
+            if own is not None:
+                lines += ["", f"[schedule.{role}]", *_assignments([("origin", own.origin), *setting_items(own)])]
     return "\n".join(lines) + "\n"
 
 
@@ -41,6 +48,11 @@ def _rule_items(rule: Rule) -> Iterable[tuple[str, object]]:
         yield "reason", rule.reason
 
 
+def _switch_items(switch: Switch) -> Iterable[tuple[str, object]]:
+    if switch.rule is not None:
+        yield from ((key, value) for key, value in _rule_items(switch.rule) if key != "origin")
+
+
 def match_items(match: Match) -> Iterable[tuple[str, object]]:
     """The keys that are given, one value without its list."""
     for key in _MATCH_KEYS:
@@ -50,7 +62,7 @@ def match_items(match: Match) -> Iterable[tuple[str, object]]:
 
 
 def setting_items(setting: Setting) -> Iterable[tuple[str, object]]:
-    for key in ("precision", "format", "hadamard"):
+    for key in ("precision", "format", "hadamard", "signs"):
         if getattr(setting, key) is not None:
             yield key, getattr(setting, key)
     for kind in KINDS:

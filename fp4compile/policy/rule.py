@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -78,10 +78,11 @@ class Rule:
     number: int
     reason: str = ""
     optional: bool = False  # may match nothing: rules of presets, and those of policies meant for several models
+    table: str = "rule"  # or "schedule"
 
     @property
     def label(self) -> str:
-        return f"{self.setting.origin}, rule {self.number}"
+        return f"{self.setting.origin}, {self.table} {self.number}"
 
     @property
     def roles(self) -> tuple[Role, ...]:
@@ -114,6 +115,30 @@ class Training:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Switch:
+    """One [[schedule]]: what is laid over the policy from an optimizer step on. `number` is its place in its file, from 1."""
+
+    from_step: int
+    origin: str
+    number: int
+    training: Training = Training()
+    rule: Rule | None = None  # exceptions, as of [[rule]]
+
+    @property
+    def label(self) -> str:
+        return f"{self.origin}, schedule {self.number}"
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """Behind those of the policy. A role in high precision is so everywhere: no earlier rule knows better."""
+        high = [role for role in (Role.FPROP, *BACKWARD) if (own := self.training.of(role)) and own.precision is Precision.HIGH]
+        setting = Setting(precision=Precision.HIGH, origin=self.origin)
+        reason = f"in high precision from step {self.from_step} on"
+        by_role = Rule(match=Match(role=tuple(high)), setting=setting, number=self.number, reason=reason, optional=True, table="schedule")
+        return (*((by_role,) if high else ()), *((replace(self.rule, optional=True),) if self.rule else ()))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Policy:
     """What every matmul gets. Made by `load_policy`, which refuses illegal ones; equal policies decide equally."""
 
@@ -123,6 +148,7 @@ class Policy:
     training: Training
     rules: tuple[Rule, ...]
     unmatched: str = "error"
+    schedule: tuple[Switch, ...] = ()  # by step
     choices: Choices | None = None  # set where the device decides; then the other fields hold only what is laid over the choice
 
     @property
@@ -137,6 +163,23 @@ class Policy:
         if training:
             return self.choices.training
         return self.choices.native if target.has_fp4_mma else self.choices.other
+
+    def phase(self, step: int) -> int:
+        """How many switches of the schedule lie behind optimizer step `step`."""
+        return sum(switch.from_step <= step for switch in self.schedule)
+
+    def at(self, step: int) -> Policy:
+        """The policy that holds at optimizer step `step`. A rule that a switch hides is no mistake any more."""
+        passed = self.schedule[: self.phase(step)]
+        if not passed:
+            return self
+        rules = tuple(replace(rule, optional=True) for rule in self.rules)
+        training = self.training
+        for switch in passed:
+            rules += switch.rules
+            training = switch.training.over(training)
+        name = f"{self.name} from step {passed[-1].from_step}"
+        return replace(self, name=name, rules=rules, training=training, schedule=())
 
     def decide(self, sites: Sequence[Site], *, training: bool) -> list[Decision]:
         """One decision a site. `training` says that the graph has a backward.
@@ -170,12 +213,14 @@ class Policy:
 
     def _stays_high(self, rule: Rule, role: Role, base: Setting) -> bool:
         """[training] turns the backward on, or a rule that names the role; a rule about a layer as a whole does not."""
-        return role in BACKWARD and base.precision is Precision.HIGH and role not in rule.match.role
+        high = base.precision in (Precision.HIGH, Precision.DEQUANTIZED) and rule.setting.precision is not Precision.HIGH
+        return role in BACKWARD and role not in rule.match.role and high
 
     def _decision(self, site: Site, rule: Rule | None, training: bool) -> Decision:
         setting = self.setting_for(rule, site.role, training=training)
         source = rule.label if rule else self.source_of(site.role, training=training)
-        return Decision(configs=configs_of(setting, site.role, source), rule=source, reason=self._reason(site, rule, setting, training))
+        configs, dequantized = configs_of(setting, site.role, source), setting.precision is Precision.DEQUANTIZED
+        return Decision(configs=configs, rule=source, reason=self._reason(site, rule, setting, training), dequantized=dequantized)
 
     def source_of(self, role: Role, *, training: bool) -> str:
         """Where the setting of a matmul comes from that no rule matches."""
@@ -183,6 +228,8 @@ class Policy:
         return f"{own.origin}, [training] {role}" if own else f"{self.default.origin}, [default]"
 
     def _reason(self, site: Site, rule: Rule | None, setting: Setting, training: bool) -> str:
+        if setting.precision is Precision.DEQUANTIZED:
+            return "backward in high precision, on the values that the forward multiplied with"
         protects = rule is not None and rule.setting.precision is Precision.HIGH
         if site.role in BACKWARD and setting.precision is Precision.HIGH and not protects:
             how = "leaves out" if self.training.of(site.role) is None else "keeps"

@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import Any, Final
 
 from fp4compile.codegen.errors import IllegalCombination
-from fp4compile.codegen.formats import NVFP4, GlobalScale, QuantConfig, Rounding
+from fp4compile.codegen.formats import NVFP4, GlobalScale, QuantConfig, Rounding, Signs
 from fp4compile.passes.site import OperandKind, Role
 
 KINDS: Final = (OperandKind.ACTIVATION, OperandKind.WEIGHT, OperandKind.GRADIENT)
@@ -27,6 +27,7 @@ class Precision(StrEnum):
     HIGH = "high"  # the model's own dtype
     W4A4 = "w4a4"
     W4A16 = "w4a16"
+    DEQUANTIZED = "dequantized"  # backward only: as high, but on the values that the forward multiplied with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,7 @@ class OperandTable:
     rounding: str | None = None
     hadamard: int | None = None
     static_amax: float | None = None
+    signs: str | None = None
 
     def given(self) -> dict[str, Any]:
         return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
@@ -51,6 +53,8 @@ class OperandTable:
             inherited = {name: value for name, value in inherited.items() if name not in _OF_FORMAT}
         if self.global_scale is not None and self.global_scale != GlobalScale.STATIC:
             inherited.pop("static_amax", None)
+        if self.hadamard == 0:
+            inherited.pop("signs", None)
         return OperandTable(**{**inherited, **self.given()})
 
     def config(self, where: str) -> QuantConfig:
@@ -75,6 +79,7 @@ class Setting:
     precision: Precision | None = None
     format: str | None = None  # of every operand
     hadamard: int | None = None  # of every operand
+    signs: str | None = None  # of every operand
     activation: OperandTable = OperandTable()
     weight: OperandTable = OperandTable()
     gradient: OperandTable = OperandTable()
@@ -82,7 +87,7 @@ class Setting:
 
     def table(self, kind: OperandKind) -> OperandTable:
         own: OperandTable = getattr(self, kind.value)
-        return own.over(OperandTable(format=self.format, hadamard=self.hadamard))
+        return own.over(OperandTable(format=self.format, hadamard=self.hadamard, signs=self.signs))
 
     def over(self, base: Setting) -> Setting:
         """What this setting gives, and `base`'s where it gives nothing, field by field."""
@@ -90,7 +95,7 @@ class Setting:
         return Setting(precision=self.precision or base.precision, origin=self.origin or base.origin, **tables)
 
     def spelled_out(self, kinds: Collection[OperandKind]) -> Setting:
-        """The same with `format` and `hadamard` written into the tables of `kinds`, and no other tables."""
+        """The same with `format`, `hadamard` and `signs` written into the tables of `kinds`, and no other tables."""
         tables: dict[str, Any] = {kind.value: self.table(kind) for kind in kinds}
         return Setting(precision=self.precision, origin=self.origin, **tables)
 
@@ -99,12 +104,29 @@ class Setting:
         return replace(self, origin="") == Setting()
 
 
+_QUANTIZED: Final = {Precision.HIGH: (), Precision.DEQUANTIZED: (), Precision.W4A16: (OperandKind.WEIGHT,)}
+
+
 def configs_of(setting: Setting, role: Role, where: str) -> dict[OperandKind, QuantConfig]:
     """The config of each quantized operand of a matmul in `role`. Raises `IllegalCombination` for pairs that make no sense."""
-    kinds = {Precision.HIGH: (), Precision.W4A16: (OperandKind.WEIGHT,)}.get(setting.precision or Precision.W4A4, OPERANDS[role])
+    kinds = _QUANTIZED.get(setting.precision or Precision.W4A4, OPERANDS[role])
     configs = {kind: setting.table(kind).config(f"{where} ({role} {kind})") for kind in kinds if kind in OPERANDS[role]}
     here = f"{where} ({role})"
+    if setting.precision is Precision.DEQUANTIZED and role not in BACKWARD:
+        raise IllegalCombination(
+            where=here,
+            found='precision = "dequantized"',
+            needed="A forward has no values that were quantized before it.",
+            advice='Give it to dgrad and wgrad: backward = "dequantized" in [training], or a rule with role.',
+        )
     for kind, config in configs.items():
+        if kind is OperandKind.GRADIENT and config.scale_rule.tries_two:
+            raise IllegalCombination(
+                where=here,
+                found=f"scale_rule = {config.scale_rule} on the gradient",
+                needed="Four-over-six is for the operands of the forward and their rotations; on a gradient its choice is biased.",
+                advice="Use scale_rule = 'amax', or 'amax_17_16' with rounding = 'stochastic'.",
+            )
         if role in (Role.FPROP, Role.MATMUL) and config.rounding is Rounding.STOCHASTIC:
             raise IllegalCombination(
                 where=here,
@@ -142,6 +164,20 @@ def _refuse_searches_at_run_time(configs: dict[OperandKind, QuantConfig], where:
 
 def _refuse_unequal_rotation(configs: dict[OperandKind, QuantConfig], role: Role, where: str) -> None:
     sizes = {kind: configs[kind].hadamard if kind in configs else 0 for kind in OPERANDS[role]}
+    if len({config.signs for config in configs.values()}) > 1:
+        raise IllegalCombination(
+            where=where,
+            found=" and ".join(f"signs = {config.signs} on the {kind}" for kind, config in configs.items()),
+            needed="A rotation cancels only if both operands of the matmul have the same one.",
+            advice="Set signs beside hadamard, for both operands.",
+        )
+    if role not in BACKWARD and any(config.signs is Signs.RANDOM for config in configs.values()):
+        raise IllegalCombination(
+            where=where,
+            found="signs = random in the forward",
+            needed="They are drawn anew in each backward; a weight that is rotated anew would be quantized in every call.",
+            advice='Use signs = "fixed" here.',
+        )
     if len(set(sizes.values())) > 1:
         raise IllegalCombination(
             where=where,

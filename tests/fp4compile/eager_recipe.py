@@ -23,6 +23,7 @@ class Recipe:
     dgrad_w: QuantConfig | None = None
     wgrad_x: QuantConfig | None = None
     wgrad_dy: QuantConfig | None = None
+    dequantized: bool = False  # the backward is in high precision, on the values of the forward's operands
 
 
 def product(
@@ -55,6 +56,9 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         flat, flat_dy, r = x.flatten(0, -2), dy.flatten(0, -2).contiguous(), ctx.recipe
+        if r.dequantized:
+            weight, flat = (_values(t, c)[:, : t.shape[1]].to(x.dtype) for t, c in ((weight, r.fprop_w), (flat, r.fprop_x)))
+            return (flat_dy @ weight).view(x.shape), flat_dy.T @ flat, flat_dy.sum(0), None
         dx = product(flat_dy, weight.T, r.dgrad_dy, r.dgrad_w, None, x.dtype).view(x.shape)
         dw = product(flat_dy.T, flat.T, r.wgrad_dy, r.wgrad_x, None, x.dtype)
         return dx, dw, flat_dy.sum(0), None

@@ -80,7 +80,7 @@ def test_show_json_holds_what_the_table_shows(run):
     assert variant["settings"]["training wgrad"] == "gradient nvfp4+sr+h16, activation nvfp4+h16"
     assert variant["rules"][0]["matches"] == {"role": "matmul"}
     assert variant["rules"][-1] == {
-        "from": "preset nvfp4_train, rule 1",
+        "from": "preset nvfp4_train, rule 2",
         "matches": {"depth": "last:15%"},
         "sets": {"precision": "high"},
         "reason": "among the last 15% of the layers, which training in FP4 needs in high precision",

@@ -93,6 +93,41 @@ def test_without_a_training_section_the_backward_is_straight_through() -> None:
     assert backward and all(row.precision == "float32" and row.reason for row in backward)
 
 
+@pytest.mark.parametrize("weight", ["16x16", "1x16"])
+def test_a_dequantized_backward_multiplies_with_what_the_forward_multiplied_with(weight: str) -> None:
+    policy = {**NEAREST, "default": {"precision": "w4a4", "weight": {"block": weight}}, "training": {"backward": "dequantized"}}
+    model, x = mlp(torch.float32), torch.randn(21, 40)
+    got = gradients(model, torch.compile(model, backend="fp4", options={"policy": policy, "verify": True, "strict": True}), x)
+    fprop_w = QuantConfig(block=weight)
+    reference = with_recipe(copy.deepcopy(model), Recipe(fprop_w=fprop_w, dgrad_w=fprop_w, dequantized=True))
+    want, high = gradients(reference, reference, x), gradients(model, model, x)
+    for name, value in want.items():
+        assert relative(got[name], value) < 2e-3 < relative(high[name], value), name
+    rows = [row for row in fp4compile.last_report().sites if row.role in ("dgrad", "wgrad")]
+    assert rows and all(row.precision == "float32" and "forward multiplied with" in row.reason for row in rows)
+
+
+def test_a_dequantized_backward_after_a_rotated_forward_is_refused() -> None:
+    policy = {**NEAREST, "default": {"precision": "w4a4", "hadamard": 16}, "training": {"backward": "dequantized"}}
+    with pytest.raises(Exception, match="rotated operand, which the backward does not multiply with"):
+        torch.compile(mlp(torch.float32), backend="fp4", options={"policy": policy})(torch.randn(21, 40))
+
+
+def test_random_signs_cancel_and_are_new_in_every_backward() -> None:
+    policy = {**NEAREST, "training": {"fprop": "high", "dgrad": "high", "wgrad": {"hadamard": 32, "signs": "random"}}}
+    model, x = mlp(torch.float32), torch.randn(3, 15, 40)  # 45 tokens: the last group of 32 is padded
+    run = torch.compile(model, backend="fp4", options={"policy": policy, "verify": True, "strict": True}, dynamic=True)
+    high = gradients(model, model, x)
+    draws = []
+    for seed in (1, 1, 2, 3):
+        torch.manual_seed(seed)
+        draws.append(gradients(model, run, x))
+        assert 0.02 < relative(draws[-1]["2.weight"], high["2.weight"]) < 0.25  # 4 bits, and no rotation left over
+    first, again, *others = (d["2.weight"] for d in draws)
+    assert torch.equal(first, again) and not any(torch.equal(first, other) for other in others)
+    assert all(row.operands for row in fp4compile.last_report().sites if row.role == "wgrad")
+
+
 SR = {
     **NEAREST,
     "training": {

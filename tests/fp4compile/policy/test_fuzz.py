@@ -67,6 +67,16 @@ RULE = tables(
     optional=st.booleans(),
     **SETTING,
 )
+SWITCH = tables(
+    given=("from_step",),
+    from_step=st.integers(0, 9),
+    fprop=one_of("bf16", "w4a4") | tables(**SETTING),
+    wgrad=tables(hadamard=one_of(0, 16), gradient=OPERAND),
+    backward=one_of("high_precision", "dequantized", "quantized"),
+    match=one_of("**", "up", "q_proj"),
+    reason=st.text(min_size=1, max_size=4),
+    **SETTING,
+)
 DOCUMENT = tables(
     given=("extends",),
     extends=one_of("nvfp4", "auto", "nvfp4_train", "bf16", "mxfp4"),
@@ -76,6 +86,7 @@ DOCUMENT = tables(
     default=tables(**SETTING),
     training=tables(fprop=tables(**SETTING), dgrad=one_of("high", "w4a4"), wgrad=tables(hadamard=one_of(0, 16), gradient=OPERAND)),
     rule=st.lists(RULE, max_size=3),
+    schedule=st.lists(SWITCH, max_size=2),
 ).map(lambda document: {"version": 1, **document})
 
 

@@ -11,7 +11,6 @@ import pytest
 from fp4compile.codegen.errors import Fp4CompileError, UnknownName
 from fp4compile.codegen.formats import QuantConfig
 from fp4compile.passes.site import OperandKind, Role
-from fp4compile.policy.layer import ScheduleNotAvailable
 from fp4compile.policy.load import CircularExtends, InvalidToml, NothingToStartFrom, UnreadablePolicy, load_policy
 from fp4compile.policy.reading import WrongValue
 from tests.fp4compile.policy.sites import llama, site
@@ -138,7 +137,7 @@ UNKNOWN = [
     ("[default]\nactivations = {}", "unknown key 'activations' in a.toml, [default]. Did you mean 'activation'?"),
     (
         "[default]\nprecision = 'w4a8'",
-        "unknown precision 'w4a8' in a.toml, [default]. Did you mean 'w4a4'? Valid: bf16, high, w4a16, w4a4.",
+        "unknown precision 'w4a8' in a.toml, [default]. Did you mean 'w4a4'? Valid: bf16, dequantized, high, w4a16, w4a4.",
     ),
     ("[default]\nformat = 'nvfp8'", "unknown format 'nvfp8' in a.toml, [default]. Did you mean 'nvfp4'? Valid: mxfp4, nvfp4."),
     (f"{RULE}precission = 'high'", "unknown key 'precission' in a.toml, rule 1. Did you mean 'precision'?"),
@@ -154,11 +153,11 @@ UNKNOWN = [
     (f"{RULE}op = 'aten.bmmm'\nprecision = 'high'", "unknown op 'bmmm' in a.toml, rule 1. Did you mean 'bmm'?"),
     (f"{RULE}trait = 'tide'\nprecision = 'high'", "unknown trait 'tide' in a.toml, rule 1. Did you mean 'tied'?"),
     (f"{RULE}graph = 'train'\nprecision = 'high'", "unknown graph 'train' in a.toml, rule 1. Did you mean 'training'?"),
-    ("[training]\nwgrd = 'high'", "unknown key 'wgrd' in a.toml, [training]. Did you mean 'wgrad'? Valid: dgrad, fprop, wgrad."),
+    ("[training]\nwgrd = 'high'", "unknown key 'wgrd' in a.toml, [training]. Did you mean 'wgrad'? Valid: backward, dgrad, fprop, wgrad."),
     ("[training]\nwgrad = { weight = {} }", "unknown key 'weight' in a.toml, [training] wgrad."),
     ("[training]\nwgrad = 'hihg'", "unknown precision 'hihg' in a.toml, [training] wgrad. Did you mean 'high'?"),
     ("[[schedule]]\nfrom_stpe = 3", "unknown key 'from_stpe' in a.toml, schedule 1. Did you mean 'from_step'?"),
-    ("[[schedule]]\nfrom_step = 3\nfprop = 'bf61'", "unknown fprop 'bf61' in a.toml, schedule 1. Did you mean 'bf16'?"),
+    ("[[schedule]]\nfrom_step = 3\nfprop = 'bf61'", "unknown precision 'bf61' in a.toml, schedule 1 fprop. Did you mean 'bf16'?"),
 ]
 
 
@@ -207,14 +206,6 @@ def test_a_wrong_value_gets_its_place_and_what_is_needed(write, text, said):
 def test_a_file_without_version(tmp_path):
     (tmp_path / "a.toml").write_text('extends = "nvfp4"')
     assert refusal(WrongValue, tmp_path / "a.toml") == "a.toml: version = None; this release reads version = 1."
-
-
-def test_schedules_are_read_and_refused(write):
-    path = write("a.toml", 'extends = "nvfp4_train"\n[[schedule]]\nfrom_step = 90_000\nfprop = "bf16"\n')
-    assert refusal(ScheduleNotAvailable, path) == (
-        "a.toml, schedule 1: schedules are not available in this version; the policy holds for the whole run. "
-        "Delete the table, and for a late switch compile again with another policy when the step is reached."
-    )
 
 
 LONG = r"""
