@@ -179,6 +179,8 @@ def main(argv: Sequence[str] | None = None) -> str:
     """Returns the table of final losses."""
     args = _arguments(argv)
     started = time.monotonic()
+    # Else the embedding's gradient is summed in whatever order threads arrive, and no two runs agree in the last bits.
+    torch.use_deterministic_algorithms(args.deterministic or args.device == "cpu")
     settings = _settings(args)
     _claim(args.out, settings)
     for name in args.recipe:
@@ -219,6 +221,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--heldout-tokens", default="256k", help="how much of it")
     parser.add_argument("--diagnose-every", type=int, default=0, help="steps between diagnoses of the quantization; 0: none")
     parser.add_argument("--limit-minutes", type=float, default=math.inf, help="save and stop after this time")
+    parser.add_argument("--deterministic", action="store_true", help="the same sums on CUDA in every run, slower; the CPU always does")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(argv)
 
