@@ -16,6 +16,7 @@ from fp4compile.codegen.target import target_of
 from fp4compile.options import Options
 from fp4compile.passes.base import Pass, PassContext
 from fp4compile.passes.pipeline import ANALYSIS, PIPELINE, run
+from fp4compile.passes.products import ProductShape, static_products
 from fp4compile.passes.record import GraphRecord
 from fp4compile.passes.site import Decision, Site, is_backward
 from fp4compile.policy.load import load_policy
@@ -23,6 +24,7 @@ from fp4compile.policy.rule import Policy
 from fp4compile.report.report import Report
 from fp4compile.report.trace import Trace
 from fp4compile.steps import CLOCK
+from fp4compile.tile_search import search_products, wants_search
 from fp4compile.weights import STORE
 
 _RECORDS: list[GraphRecord] = []
@@ -42,9 +44,12 @@ def fp4(
     record = GraphRecord(id=capture.compile_id(), training=False, target=target.name, policy=policy.name)
     transform = _Transform.of(gm, example_inputs, policy, chosen, record, PIPELINE, step)
 
+    products: list[ProductShape] = []
+
     def checked_transform(graph: fx.GraphModule) -> None:
         transform(graph)
         check_versions(target, relied_on(row.kernel for row in record.sites), where=where)
+        products.extend(static_products(graph))
 
     def after_fold(only_folded: Sequence[Any]) -> None:
         if chosen.free_weights and not record.training:
@@ -61,6 +66,8 @@ def fp4(
         after_fold=after_fold,
     )
     _RECORDS.append(record)
+    if wants_search(chosen.mode):
+        search_products(products, target, capture.device_of(example_inputs))
     return compiled
 
 
