@@ -43,10 +43,10 @@ from fp4compile.codegen.reference.block_scales import (
 RADIUS: Final = 8
 LARGEST_BYTE: Final = 0x7E
 _ONE_SEVENTH: Final = torch.tensor(1 / 7, dtype=torch.float32).item()
-_AT_ONCE: Final = {"cpu": 1 << 17}  # elements: a piece and its temporaries stay in a CPU's cache; on a GPU they only have to fit
+_AT_ONCE: Final = {"cpu": 1 << 18}  # elements: a piece and its temporaries stay in a CPU's cache; on a GPU they only have to fit
 _AT_ONCE_ON_A_GPU: Final = 1 << 25
 
-# Loss of each block (R, B) of element differences (16, R, B) in units of the block's scale.
+# Loss of each block (R, B) of element differences (16, R, B) in units of the block's scale, which it may overwrite.
 Metric = Callable[[Tensor], Tensor]
 
 
@@ -109,14 +109,15 @@ def pieces(x: Tensor) -> Iterator[slice]:
 
 
 def sum_of_squares(difference: Tensor) -> Tensor:
-    return sum_over_elements(difference * difference)
+    """Sum over the first dimension (16), in place."""
+    return sum_over_elements(difference.mul_(difference))
 
 
 def sum_over_elements(total: Tensor) -> Tensor:
-    """Sum over the first dimension (16) as a tree of adjacent pairs."""
+    """Sum over the first dimension (16) as a tree of adjacent pairs, in place."""
     while total.shape[0] > 1:
-        total = total[0::2] + total[1::2]
-    return total[0]
+        total = total[0::2].add_(total[1::2])
+    return total[0].clone()
 
 
 def _choose(x: Tensor, encode_scale: Tensor, config: QuantConfig, candidates: tuple[Candidates, ...], metric: Metric) -> tuple[Tensor, ...]:
@@ -127,12 +128,14 @@ def _choose(x: Tensor, encode_scale: Tensor, config: QuantConfig, candidates: tu
     lost = sum_over_tiles(metric(blocks * encode_scale), config)
     best = torch.zeros_like(block_max, dtype=torch.uint8)
     least = torch.full_like(block_max, torch.inf)
+    memory = (torch.empty_like(blocks), torch.empty_like(blocks), torch.empty_like(blocks))
+    loss_of = _Losses(blocks=blocks, decode_scale=decode_scale, config=config, metric=metric, memory=memory)
     for each in candidates:
         usual = e4m3_bytes(block_max * (encode_scale * each.reciprocal) * each.factor)
         for offset in each.offsets:
             byte = (usual.int() + offset).clamp(0, LARGEST_BYTE).to(torch.uint8)
             # Losses are those of x S. Under a scale of zero all of a block is lost.
-            loss = torch.where(byte == 0, lost, _loss(blocks, magnitude_of(byte), decode_scale, each.kind, config, metric))
+            loss = torch.where(byte == 0, lost, loss_of(each.kind, magnitude_of(byte)))
             better = loss < least
             least = torch.where(better, loss, least)
             best = torch.where(better, byte | FLAG if each.kind.flagged else byte, best)
@@ -140,9 +143,21 @@ def _choose(x: Tensor, encode_scale: Tensor, config: QuantConfig, candidates: tu
     return codes, torch.where(torch.isfinite(block_max), best, 0x7F).to(torch.uint8)
 
 
-def _loss(blocks: Tensor, scale: Tensor, decode_scale: Tensor, kind: Kind, config: QuantConfig, metric: Metric) -> Tensor:
-    y = blocks * multiplier_of(scale, decode_scale)
-    return sum_over_tiles(metric(kind.rounded(y) - y) * (scale * scale), config)
+@dataclass(frozen=True, kw_only=True)
+class _Losses:
+    """What each block (16, R, B) loses under a kind and scales (R, B). All calls share memory: new pages cost more than the sums."""
+
+    blocks: Tensor
+    decode_scale: Tensor
+    config: QuantConfig
+    metric: Metric
+    memory: tuple[Tensor, Tensor, Tensor]
+
+    def __call__(self, kind: Kind, scale: Tensor) -> Tensor:
+        y, out, scratch = self.memory
+        torch.mul(self.blocks, multiplier_of(scale, self.decode_scale), out=y)
+        difference = kind.rounded(y, out=out, scratch=scratch).sub_(y)
+        return sum_over_tiles(self.metric(difference).mul_(scale).mul_(scale), self.config)
 
 
 def _codes(blocks: Tensor, bytes_: Tensor, decode_scale: Tensor, candidates: tuple[Candidates, ...]) -> Tensor:
