@@ -101,8 +101,10 @@ def train(settings: Settings, recipe: Recipe, schedule: Schedule, data: Path, ou
     model = Llama(SIZES[settings.size], settings.vocabulary, settings.sequence).to(device)
     optimizer = _adamw(model, settings, device)
     first = done = checkpoint.load(saved, model, optimizer)
-    run = torch.compile(model, dynamic=False, **recipe.compile_arguments())  # the one line
-    look = fp4compile.Diagnoser(model, policy=recipe.full_policy) if recipe.full_policy and schedule.diagnose_every else None
+    fp4compile.set_step(first)  # a schedule in the policy goes by it
+    run = torch.compile(model, dynamic=False, **recipe.compile_arguments(settings.steps))  # the one line
+    policy = recipe.full_policy(settings.steps)
+    look = fp4compile.Diagnoser(model, policy=policy) if policy and schedule.diagnose_every else None
     windows = Windows(tokens=open_tokens(data, "train"), length=settings.sequence, seed=settings.seed)
     heldout = Windows(tokens=open_tokens(data, "heldout"), length=settings.sequence, seed=0)
     log = Log(out / "log.jsonl", first)

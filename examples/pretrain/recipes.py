@@ -6,20 +6,26 @@ from dataclasses import dataclass, field
 from typing import Any
 
 NEAREST = {"gradient": {"rounding": "nearest"}}
+FOUR_OVER_SIX = {"scale_rule": "four_over_six_mae"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     description: str
     policy: dict[str, Any] | None = field(default_factory=dict)  # keys over the preset; None: Inductor alone, no fp4 backend
+    late: float | None = None  # share of the steps after which every forward is bf16
 
-    @property
-    def full_policy(self) -> dict[str, Any] | None:
-        return None if self.policy is None else {"version": 1, "extends": "nvfp4_train", **self.policy}
+    def full_policy(self, steps: int) -> dict[str, Any] | None:
+        """The policy of a run of `steps` optimizer steps."""
+        if self.policy is None:
+            return None
+        schedule = {} if self.late is None else {"schedule": [{"from_step": round(self.late * steps), "fprop": "bf16"}]}
+        return {"version": 1, "extends": "nvfp4_train", **self.policy, **schedule}
 
-    def compile_arguments(self) -> dict[str, Any]:
-        """The one line that differs: `torch.compile(model, **recipe.compile_arguments())`."""
-        return {} if self.policy is None else {"backend": "fp4", "options": {"policy": self.full_policy}}
+    def compile_arguments(self, steps: int) -> dict[str, Any]:
+        """The one line that differs: `torch.compile(model, **recipe.compile_arguments(steps))`."""
+        policy = self.full_policy(steps)
+        return {} if policy is None else {"backend": "fp4", "options": {"policy": policy}}
 
 
 RECIPES = {
@@ -31,5 +37,10 @@ RECIPES = {
     "without_high": Recipe(
         description="without high-precision layers",
         policy={"rule": [{"match": "layers.**", "precision": "w4a4"}]},
+    ),
+    "late_switch": Recipe(description="forward in bf16 for the last fifth", late=0.8),
+    "four_over_six": Recipe(
+        description="with Four Over Six on activations and weights (arXiv 2512.02010)",
+        policy={"default": {"activation": FOUR_OVER_SIX, "weight": FOUR_OVER_SIX}},
     ),
 }

@@ -24,6 +24,7 @@ from fp4compile.passes.pipeline import ANALYSIS, run
 from fp4compile.passes.record import GraphRecord
 from fp4compile.passes.site import Decision, Site, is_backward
 from fp4compile.policy.load import load_policy
+from fp4compile.steps import CLOCK
 
 PASSES: tuple[Pass, ...] = (*ANALYSIS, LowerConvolutions())  # afterwards each planned site is a product of two matrices
 
@@ -68,11 +69,14 @@ class Diagnoser:
         names, buffers = capture.parameter_names(gm, example_inputs), capture.buffer_positions(gm)
         target = target_of(capture.device_of(example_inputs), where="diagnose")
         record = GraphRecord(id=capture.compile_id(), training=False, target=target.name, policy=self.policy.name)
+        step = CLOCK.step
+        if self.policy.schedule:
+            capture.recompile_when_changed(lambda: self.policy.phase(CLOCK.step), f"phase of the schedule of policy {self.policy.name}")
 
         def plan(joint: fx.GraphModule) -> None:
             capture.mark_inputs(joint.graph, buffers)
             record.training = any(is_backward(node) for node in joint.graph.nodes)
-            policy = self.policy.resolve_for(target, training=record.training)
+            policy = self.policy.resolve_for(target, training=record.training).at(step)
 
             def decide(sites: list[Site]) -> list[Decision]:
                 return policy.decide(sites, training=record.training)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fp4compile.codegen import ops
-from fp4compile.codegen.formats import QuantConfig, Rounding, round_up
+from fp4compile.codegen.formats import QuantConfig, Rounding, Signs, round_up
 from fp4compile.codegen.reference.block import dequantize_ref
 
 Packed = tuple[Tensor, Tensor, Tensor]  # codes, scales, global scale
@@ -119,7 +119,7 @@ def rotated(x: Tensor, config: QuantConfig, axis: int, signs: Tensor | None) -> 
         return x, config
     if signs is not None:
         x = x * signs.to(x.dtype)
-    return ops.HADAMARD(x, -1, config.hadamard), replace(config, hadamard=0)
+    return ops.HADAMARD(x, -1, config.hadamard), replace(config, hadamard=0, signs=Signs.FIXED)
 
 
 def _values(packed: Packed, source: Tensor) -> Tensor:

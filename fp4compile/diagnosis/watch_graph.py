@@ -106,10 +106,12 @@ class _Watching(fx.Interpreter):
 
 
 def _signs(plan: Plan, a: Tensor) -> Tensor | None:
-    """Fresh ones for this product, the same for both operands, where the plan asks for random signs."""
-    if not any(config is not None and config.signs is Signs.RANDOM for config in (plan.lhs, plan.rhs)):
+    """(K,) fresh ones for this product, the same for both operands, where the plan asks for random signs: `hadamard` of them, repeated."""
+    sizes = [config.hadamard for config in (plan.lhs, plan.rhs) if config is not None and config.signs is Signs.RANDOM]
+    if not sizes:
         return None
-    return torch.randint(0, 2, (a.shape[-1],), device=a.device) * 2 - 1
+    drawn = torch.randint(0, 2, (sizes[0],), device=a.device) * 2 - 1
+    return drawn[torch.arange(a.shape[-1], device=a.device) % sizes[0]]
 
 
 def _signal_and_noise(exact: Tensor, got: Tensor) -> tuple[float, float]:

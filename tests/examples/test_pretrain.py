@@ -31,6 +31,8 @@ def as_a_script():
 def fresh_dynamo():
     torch._dynamo.reset()
     torch.manual_seed(0)
+    yield
+    fp4compile.set_step(0)
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +79,10 @@ class Killed(BaseException):
 
 
 def test_a_killed_run_goes_on_bit_for_bit(text: Path, tmp_path: Path, monkeypatch) -> None:
+    """The policy switches at the eighth step: what is restored includes the place in its schedule."""
     import token_windows
 
-    arguments = ("--recipe", "nvfp4_train", "--tokens", "2304", "--save-every", "4", "--evaluate-every", "3")
+    arguments = ("--recipe", "late_switch", "--tokens", "2304", "--save-every", "4", "--evaluate-every", "3")
     run(text, tmp_path / "whole", *arguments)
     fetch = token_windows.Windows.batch
 
@@ -92,12 +95,12 @@ def test_a_killed_run_goes_on_bit_for_bit(text: Path, tmp_path: Path, monkeypatc
     torch._dynamo.reset()
     with pytest.raises(Killed):
         run(text, tmp_path / "killed", *arguments)
-    assert len(log_of(tmp_path / "killed" / "nvfp4_train")) == 6 + 2  # two steps will be done again
+    assert len(log_of(tmp_path / "killed" / "late_switch")) == 6 + 2  # two steps will be done again
     monkeypatch.undo()
     torch._dynamo.reset()
     run(text, tmp_path / "killed", *arguments)
-    assert log_of(tmp_path / "killed" / "nvfp4_train") == log_of(tmp_path / "whole" / "nvfp4_train")
-    ends = [torch.load(tmp_path / way / "nvfp4_train" / "checkpoint.pt") for way in ("whole", "killed")]
+    assert log_of(tmp_path / "killed" / "late_switch") == log_of(tmp_path / "whole" / "late_switch")
+    ends = [torch.load(tmp_path / way / "late_switch" / "checkpoint.pt") for way in ("whole", "killed")]
     assert ends[0]["step"] == 9
     assert all(torch.equal(ends[0]["model"][name], ends[1]["model"][name]) for name in ends[0]["model"])
     assert torch.equal(ends[0]["random"], ends[1]["random"])
@@ -116,7 +119,7 @@ def test_runs_of_other_settings_are_not_mixed(text: Path, tmp_path: Path) -> Non
     import pretrain
 
     run(text, tmp_path, "--recipe", "bf16", "--tokens", "256")
-    with pytest.raises(pretrain.OtherRun, match='"seed": 0.*now asked for.*"seed": 1'):
+    with pytest.raises(pretrain.OtherRun, match=r'"seed": 0.*now asked for.*"seed": 1'):
         run(text, tmp_path, "--recipe", "bf16", "--tokens", "256", "--seed", "1")
 
 
@@ -127,7 +130,7 @@ def rows_under(name: str) -> dict[tuple[str, str], tuple[str, str]]:
 
     model = Llama(Shape(width=128, layers=2, heads=2, hidden=128), 256, 32)
     tokens = torch.zeros(2, 32, dtype=torch.int64)
-    rows = fp4compile.explain(model, tokens, tokens, policy=RECIPES[name].full_policy).sites
+    rows = fp4compile.explain(model, tokens, tokens, policy=RECIPES[name].full_policy(100)).sites
     return {(row.name, row.role): (row.precision, row.operands) for row in rows}
 
 
@@ -148,10 +151,19 @@ def test_each_ablation_differs_in_what_its_name_says() -> None:
     assert changes("without_sr") == {"dgrad": {("nvfp4 W4A4", "nvfp4 x nvfp4+16x16")}, "wgrad": {("nvfp4 W4A4", "nvfp4+h16 x nvfp4+h16")}}
     assert changes("without_rht") == {"wgrad": {("nvfp4 W4A4", "nvfp4+sr x nvfp4")}}
     assert changes("without_2d") == {"fprop": {("nvfp4 W4A4", "")}, "dgrad": {("nvfp4 W4A4", "nvfp4+sr x nvfp4")}}
-    high = rows_under("without_high")
-    assert {matmul for (matmul, _), (precision, _) in high.items() if precision == "float32"} == {
-        "lm_head", "layers.0.self_attn", "layers.1.self_attn",
-    }  # fmt: skip  # the head, and attention's own products
+    assert changes("four_over_six").keys() == {"fprop", "dgrad", "wgrad"} and "sr+four" not in str(changes("four_over_six"))
+    assert changes("late_switch") == {}
+    high = {matmul for (matmul, _), (precision, _) in rows_under("without_high").items() if precision == "float32"}
+    assert high == {"lm_head", "layers.0.self_attn", "layers.1.self_attn"}  # the head, and attention's own products
+
+
+def test_the_late_switch_comes_after_four_fifths_of_the_steps() -> None:
+    full = rows_under("nvfp4_train")
+    for step, switched in ((79, False), (80, True)):
+        fp4compile.set_step(step)
+        rows = rows_under("late_switch")
+        assert all(rows[key] == full[key] for key in rows if key[1] != "fprop")
+        assert all((rows[key][0] == "float32") for key in rows if key[1] == "fprop") is switched
 
 
 def test_the_order_of_the_data_is_a_function_of_the_step() -> None:
@@ -170,7 +182,8 @@ def test_the_order_of_the_data_is_a_function_of_the_step() -> None:
 def test_learning_rate_warms_up_and_decays() -> None:
     from pretrain import Settings
 
-    common = dict(size="test", tokens=100 * 256, batch=4, micro_batch=4, sequence=64, rate=1.0, warmup=0.05, seed=0, vocabulary=256)
+    shape = {"size": "test", "tokens": 100 * 256, "batch": 4, "micro_batch": 4, "sequence": 64, "vocabulary": 256}
+    common = {**shape, "rate": 1.0, "warmup": 0.05, "seed": 0}
     cosine, wsd = (Settings(decay=decay, **common) for decay in ("cosine", "wsd"))
     for settings in (cosine, wsd):
         rates = [settings.rate_at(step) for step in range(settings.steps)]

@@ -151,6 +151,27 @@ def test_a_diagnoser_serves_many_steps_and_sizes() -> None:
         assert rows["0", "fprop", "activation"].elements == 64 * tokens and len(rows) == 10  # x needs no gradient
 
 
+def test_random_signs_are_shared_by_both_operands() -> None:
+    """Else the rotation would not cancel, and the product would be noise alone."""
+    model, (x, dy) = two_layers(), tensors()
+    wgrad = {"hadamard": 16, "gradient": {"signs": "random"}, "activation": {"signs": "random"}}
+    policy = {**NEAREST, "training": {**NEAREST["training"], "wgrad": wgrad}}
+    found = diagnose(model, lambda run: run(x).backward(dy), policy=policy)
+    rows = [row for row in found.rows if row.role == "wgrad"]
+    assert rows and all(row.product_db > 10 and "random signs" in row.quantized for row in rows)
+
+
+def test_a_schedule_is_followed() -> None:
+    model, (x, dy) = two_layers(), tensors()
+    look = Diagnoser(model, policy={**NEAREST, "schedule": [{"from_step": 5, "fprop": "bf16"}]})
+    roles = []
+    for step in (4, 5, 0):
+        fp4compile.set_step(step)
+        roles.append({row.role for row in look(lambda run: run(x).backward(dy)).rows})
+    fp4compile.set_step(0)
+    assert roles == [{"fprop", "dgrad", "wgrad"}, {"dgrad", "wgrad"}, {"fprop", "dgrad", "wgrad"}]
+
+
 def test_inference_and_convolutions() -> None:
     model = nn.Sequential(nn.Conv2d(3, 32, 8, stride=8), nn.Flatten(2), nn.Linear(16, 48)).eval()
     policy = {"version": 1, "extends": "bf16", "rule": [{"match": "**", "precision": "w4a4"}]}
