@@ -88,11 +88,11 @@ def quantize_by_search_ref(
     finite = torch.isfinite(x)
     encode_scale = encode_scale_of(torch.where(finite, x.abs(), 0.0), config)
     decode_scale = 1 / encode_scale
-    per_row = by_matrix(encode_scale, x.ndim).expand(*x.shape[:-1], 1)
     rows = x.shape[-2]
     padded = round_up(rows, 16) if config.is_tile else rows  # so that a tile never reaches into the next matrix
+    flat = F.pad(x, (0, 0, 0, padded - rows)).flatten(0, -2)
+    flat_scale = by_matrix(encode_scale, x.ndim).expand(*x.shape[:-2], padded, 1).flatten(0, -2)
     chosen = candidates or candidates_of(config)
-    flat, flat_scale = (F.pad(t, (0, 0, 0, padded - rows)).reshape(-1, t.shape[-1]) for t in (x, per_row))
     codes = torch.empty(flat.shape, dtype=torch.uint8, device=x.device)
     bytes_ = torch.empty((flat.shape[0], flat.shape[1] // 16), dtype=torch.uint8, device=x.device)
     for piece in pieces(flat):

@@ -19,7 +19,7 @@ from torch import Tensor
 from fp4compile.codegen.formats import GlobalScale, QuantConfig, ScaleRule
 from fp4compile.codegen.reference.block_kinds import E2M1, magnitude_of
 from fp4compile.codegen.reference.block_scales import ONE_SIXTH, by_matrix, e4m3_bytes, encode_scale_of, multiplier_of, stored_scales
-from fp4compile.codegen.reference.scale_search import LARGEST_BYTE, pieces, sum_of_squares, sum_over_elements
+from fp4compile.codegen.reference.scale_search import LARGEST_BYTE, pieces, quantize_by_search_ref, sum_of_squares, sum_over_elements
 
 ROUNDS: Final = 15
 
@@ -46,6 +46,8 @@ def quantize_soar_ref(x: Tensor, config: QuantConfig, *, rounds: int = ROUNDS, r
 
     Runs all `rounds` and keeps the best, so that nothing waits for a device. `ratios` are those of the decoupled search.
     """
+    if not x.numel():
+        return quantize_by_search_ref(x, config)  # empty as well
     weight = _Weight.of(x, config)
     scales = weight.start()
     p, n = weight.sums(scales)
@@ -95,9 +97,8 @@ class _Weight:
 
     def of_each_block(self, compute: Callable[[_Piece], tuple[Tensor, ...]], scales: _Scales) -> tuple[Tensor, ...]:
         """What `compute` gives for each block, (..., R, B); 0 for blocks that are not finite."""
-        parts = list(zip(*(compute(piece) for piece in self._pieces(scales)), strict=True))
-        found = (torch.cat(part).view(self.finite.shape) if part else self.x.new_zeros(self.finite.shape) for part in parts)
-        return tuple(torch.where(self.finite, t, 0.0) for t in found)
+        parts = zip(*(compute(piece) for piece in self._pieces(scales)), strict=True)
+        return tuple(torch.where(self.finite, torch.cat(part).view(self.finite.shape), 0.0) for part in parts)
 
     def _pieces(self, scales: _Scales) -> Iterator[_Piece]:
         shape = (*self.x.shape[:-1], 1)
@@ -160,7 +161,7 @@ class _Weight:
 
     def codes(self, scales: _Scales) -> Tensor:
         found = [E2M1.encode(piece.elements(least=0.0)).movedim(0, -1).flatten(-2) for piece in self._pieces(scales)]
-        return torch.cat(found).view(self.x.shape) if found else self.x.to(torch.uint8)
+        return torch.cat(found).view(self.x.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
