@@ -26,6 +26,10 @@ def _nvfp4_weight_only(spec: KernelSpec) -> bool:
     return spec.lhs is None and spec.rhs is not None and spec.rhs.format == "nvfp4" and spec.dtype in (torch.bfloat16, torch.float16)
 
 
+def _same_hardware_format(spec: KernelSpec) -> bool:
+    return spec.lhs is not None and spec.rhs is not None and spec.lhs.format == spec.rhs.format and spec.rhs.fmt.in_hardware
+
+
 @dataclass(frozen=True, kw_only=True)
 class KernelFamily:
     """Kernels behind one name. A family reads operands in the layouts it names, and plain ones too, for not every value has a choice."""
@@ -52,6 +56,15 @@ FAMILIES: Final = (
     KernelFamily(
         name="triton weight-only", device_type="cuda", ops=("scaled_mm",), folder="kernels", ending=".py",
         capabilities=range(80, 100), takes=_nvfp4_weight_only, b_layout=Layout.TILED,
+    ),
+    KernelFamily(
+        name="triton tcgen05", device_type="cuda", ops=("scaled_mm",), folder="kernels", ending=".py", capabilities=(100, 103),
+        takes=_same_hardware_format, a_layout=Layout.SWIZZLED, b_layout=Layout.SWIZZLED,
+        relies_on=frozenset({Feature.E4M3_SCALED_DOT, Feature.WARP_SPECIALIZATION}),
+    ),
+    KernelFamily(
+        name="triton mma.sync", device_type="cuda", ops=("scaled_mm",), folder="kernels", ending=".py", capabilities=(120, 121),
+        takes=_same_hardware_format, a_layout=Layout.SWIZZLED, b_layout=Layout.SWIZZLED, relies_on=frozenset({Feature.E4M3_SCALED_DOT}),
     ),
     KernelFamily(name="triton emulation", device_type="cuda", ops=_PRODUCTS, folder="kernels", ending=".py"),
 )  # fmt: skip

@@ -1,7 +1,8 @@
-"""Machines as rows of a table, and the only function that asks a device what it is."""
+"""Machines as rows of a table, and the only functions that ask a device what it is."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -38,3 +39,9 @@ def target_of(device: torch.device, *, where: str = "target") -> Target:
             return Target(name=f"sm_{major}{minor}", device_type="cuda", capability=10 * major + minor)
         raise UnsupportedDevice(where=where, found=f"{device} (sm_{major}{minor})")
     raise UnsupportedDevice(where=where, found=str(device))
+
+
+@functools.cache
+def processors_of(device: torch.device) -> int:
+    """How many multiprocessors a CUDA device has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count

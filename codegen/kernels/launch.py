@@ -10,8 +10,11 @@ from torch import Tensor
 
 from fp4compile.codegen.formats import Layout
 from fp4compile.codegen.kernels.launch_matmul import Operand, multiply, multiply_grouped
+from fp4compile.codegen.kernels.launch_native import scaled_mm as native_scaled_mm
+from fp4compile.codegen.kernels.launch_native import serves
 from fp4compile.codegen.kernels.launch_quantize import hadamard, known_target, on_device_of, quantize
 from fp4compile.codegen.reference.layout import plain_ref
+from fp4compile.codegen.target import processors_of
 
 __all__ = ["hadamard", "quantize", "scaled_grouped_mm", "scaled_mm"]
 
@@ -32,11 +35,17 @@ def scaled_mm(
 ) -> Tensor:
     """`fp4::scaled_mm`: see `reference.matmul.scaled_mm_ref`; the batch dimensions are those of `a`."""
     where = "fp4::scaled_mm"
+    target = known_target(a.device, where=where)
+    if serves(a_scales, b_scales, (a_layout, b_layout), int(k), target.capability):
+        with on_device_of(a):
+            return native_scaled_mm(
+                a, a_scales, a_global, b, b_scales, b_global, bias, int(k), out_dtype,
+                a_layout=a_layout, b_layout=b_layout, capability=target.capability, processors=processors_of(a.device),
+            )  # fmt: skip
     if a_scales is not None:
         a, a_scales = plain_ref(a, a_scales, a_layout)
     if b_scales is not None:
         b, b_scales = plain_ref(b, b_scales, b_layout)
-    known_target(a.device, where=where)
     out = a.new_empty((*a.shape[:-1], b.shape[-2]), dtype=out_dtype)
     if not out.numel():
         return out

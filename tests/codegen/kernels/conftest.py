@@ -12,13 +12,15 @@ import pytest
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-RUN_KERNELS = ["test_quantize_exact.py", "test_scaled_mm.py", "test_grouped.py", "test_flagged_mm.py"]
+RUN_KERNELS = ["test_quantize_exact.py", "test_scaled_mm.py", "test_grouped.py", "test_flagged_mm.py", "test_native_mm.py"]
 
 if INTERPRETED:
     collect_ignore = ["test_under_interpreter.py", "test_cross_compile.py"]
     from tests.codegen.kernels.interpreter_bf16 import teach_bfloat16
+    from tests.codegen.kernels.interpreter_scaled_dot import teach_e4m3_scales
 
     teach_bfloat16()
+    teach_e4m3_scales()
 elif torch.cuda.is_available():
     collect_ignore = ["test_under_interpreter.py"]
 else:

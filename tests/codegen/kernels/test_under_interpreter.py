@@ -12,7 +12,10 @@ import pytest
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("file", ["test_quantize_exact.py", "test_scaled_mm.py", "test_grouped.py", "test_flagged_mm.py"])
+FILES = ["test_quantize_exact.py", "test_scaled_mm.py", "test_grouped.py", "test_flagged_mm.py", "test_native_mm.py"]
+
+
+@pytest.mark.parametrize("file", FILES)
 def test_kernels_pass_under_the_interpreter(file: str) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     # -P: the repository root on sys.path would hide the installed package behind its own folders.
