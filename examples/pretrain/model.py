@@ -72,7 +72,7 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """`forward(tokens, targets)`, both (batch, sequence) int64, is the mean cross entropy in nats a token.
+    """`forward(tokens, targets)`, both (batch, at most `sequence`) int64, is the mean cross entropy in nats a token.
 
     Parameters are float32, the master weights of the recipe; under autocast the matmuls read bfloat16 copies and the residual stream is
     bfloat16 too.
@@ -98,7 +98,7 @@ class Llama(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         for layer in self.layers:
-            x = layer(x, self.rotation)
+            x = layer(x, self.rotation[:, : tokens.shape[1]])
         logits = self.lm_head(self.norm(x))
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 

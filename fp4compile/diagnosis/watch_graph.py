@@ -5,9 +5,9 @@ Two plain matrices are what the plan is about, whatever the passes after it shar
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, fx
@@ -18,7 +18,7 @@ from fp4compile.diagnosis.measure import OperandSums, Packed, decibels, measure
 from fp4compile.passes.site import Operand, Plan, Site, plan_of, site_of
 
 aten = torch.ops.aten
-_FIRST_FACTOR = {aten.addmm.default: 1}  # position of the left factor; the right one follows
+_FIRST_FACTOR: Final[Mapping[object, int]] = {aten.addmm.default: 1}  # position of the left factor; the right one follows
 
 Key = tuple[str, str, str, str]  # matmul, role, kind of operand, what is done to it
 
