@@ -29,12 +29,25 @@ _LIB.define(
     " float? static_amax=None, Tensor? seed=None, *, str layout='plain') -> (Tensor codes, Tensor scales, Tensor global_scale)",
     tags=_TAGS,
 )
+# Two configurations, of the copy along the rows and of the copy along the columns: `quantize_both_args`.
+_BOTH = ", ".join(
+    f"str {side}_format, str {side}_block, str {side}_scale_rule, str {side}_global_scale, str {side}_rounding, int {side}_hadamard,"
+    f" float? {side}_static_amax"
+    for side in ("row", "column")
+)
+_LIB.define(
+    f"quantize_both(Tensor x, {_BOTH}, Tensor? row_seed=None, Tensor? column_seed=None,"
+    " *, str row_layout='plain', str column_layout='plain')"
+    " -> (Tensor codes, Tensor scales, Tensor global_scale, Tensor codes_t, Tensor scales_t, Tensor global_scale_t)",
+    tags=_TAGS,
+)
 _LIB.define(f"scaled_mm({_OPERANDS}, Tensor? bias, SymInt k, ScalarType out_dtype, {_LAYOUTS}) -> Tensor", tags=_TAGS)
 _LIB.define(f"scaled_grouped_mm({_OPERANDS}, Tensor offs, SymInt k, ScalarType out_dtype, {_LAYOUTS}) -> Tensor", tags=_TAGS)
 _LIB.define("hadamard(Tensor x, int axis, int size) -> Tensor", tags=_TAGS)
 _LIB.define("dequantize(Tensor codes, Tensor scales, Tensor global_scale, SymInt k, ScalarType dtype) -> Tensor", tags=_TAGS)
 
 QUANTIZE: Final = torch.ops.fp4.quantize.default
+QUANTIZE_BOTH: Final = torch.ops.fp4.quantize_both.default
 SCALED_MM: Final = torch.ops.fp4.scaled_mm.default
 SCALED_GROUPED_MM: Final = torch.ops.fp4.scaled_grouped_mm.default
 HADAMARD: Final = torch.ops.fp4.hadamard.default
@@ -46,6 +59,11 @@ def quantize_args(config: QuantConfig) -> tuple[object, ...]:
     c = config
     assert c.signs is Signs.FIXED, "random signs are a product in front of the operator"
     return (c.format, str(c.block), str(c.scale_rule), str(c.global_scale), str(c.rounding), c.hadamard, c.static_amax)
+
+
+def quantize_both_args(row: QuantConfig, column: QuantConfig) -> tuple[object, ...]:
+    """The operator arguments, after `x`, that spell a quantization along the last axis and one along the last but one."""
+    return (*quantize_args(row), *quantize_args(column))
 
 
 @functools.cache
@@ -68,6 +86,18 @@ def _quantize_fake(x, axis, format, block, scale_rule, global_scale, rounding, h
         x.new_empty((*batch, *scales), dtype=fmt.scale_dtype),
         x.new_empty((*batch, *per_row), dtype=torch.float32),
     )
+
+
+@register_fake("fp4::quantize_both", lib=_LIB)
+def _quantize_both_fake(x, *args, row_layout="plain", column_layout="plain"):
+    row, column, _, _ = _halves(args)
+    return (*_quantize_fake(x, -1, *row, layout=row_layout), *_quantize_fake(x, -2, *column, layout=column_layout))
+
+
+def _halves(args):
+    """(row's and column's arguments as `quantize_args` has them, row's and column's seed) of `fp4::quantize_both` after `x`."""
+    row_seed, column_seed = (*args[14:], None, None)[:2]
+    return args[:7], args[7:14], row_seed, column_seed
 
 
 @register_fake("fp4::scaled_mm", lib=_LIB)
@@ -95,6 +125,7 @@ def _dequantize_fake(codes, scales, global_scale, k, dtype):
 # For passes that add many nodes: the fake implementations themselves, several times cheaper than dispatching the operator.
 SHAPE_RULES: Final = {
     QUANTIZE: _quantize_fake,
+    QUANTIZE_BOTH: _quantize_both_fake,
     SCALED_MM: _scaled_mm_fake,
     SCALED_GROUPED_MM: _scaled_grouped_mm_fake,
     HADAMARD: _hadamard_fake,
@@ -121,6 +152,19 @@ def _quantize_cpu(x, axis, format, block, scale_rule, global_scale, rounding, ha
     return (codes, scales, decode) if layout == Layout.PLAIN else (*lay_out_ref(codes, scales, layout), decode)
 
 
+def _quantize_both(one_reading):
+    """`fp4::quantize_both` of one device: two quantizations, but for `one_reading`, where given, of what kernels compute."""
+
+    def call(x, *args, row_layout="plain", column_layout="plain"):
+        row, column, row_seed, column_seed = _halves(args)
+        if one_reading is not None and not (config_of(*row).is_offline or config_of(*column).is_offline):
+            return one_reading(x, row, column, row_seed, column_seed, row_layout, column_layout)
+        along = QUANTIZE(x, -1, *row, row_seed, layout=row_layout)
+        return (*along, *QUANTIZE(x, -2, *column, column_seed, layout=column_layout))
+
+    return call
+
+
 def _product_cpu(multiply):
     """No kernel of the CPU reads another layout than the plain one."""
 
@@ -144,6 +188,7 @@ def _hadamard_cpu(x: Tensor, axis: int, size: int) -> Tensor:
 
 
 _LIB.impl("quantize", _or_offline(_quantize_cpu), "CPU")
+_LIB.impl("quantize_both", _quantize_both(None), "CPU")
 _LIB.impl("scaled_mm", _product_cpu(cpu.scaled_mm), "CPU")
 _LIB.impl("scaled_grouped_mm", _product_cpu(cpu.scaled_grouped_mm), "CPU")
 _LIB.impl("hadamard", _hadamard_cpu, "CPU")
@@ -163,5 +208,6 @@ def _on_cuda(name: str):
 
 
 _LIB.impl("quantize", _or_offline(_on_cuda("quantize")), "CUDA")
+_LIB.impl("quantize_both", _quantize_both(_on_cuda("quantize_both")), "CUDA")
 for _name in ("scaled_mm", "scaled_grouped_mm", "hadamard"):
     _LIB.impl(_name, _on_cuda(_name), "CUDA")

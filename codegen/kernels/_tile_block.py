@@ -1,71 +1,87 @@
-"""What a block of a tile shares: its maximum, its quantization error, its random bytes."""
+"""What a block of a tile shares: its maximum, its quantization error, its random numbers. A block is a lane's; see `_tile_load.py`.
+
+TILE is 0 for blocks of one row. For 16x16 blocks it is 1 where rows run along the first dimension of a tile and 2 where along the second.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from fp4compile.codegen.kernels._tile_e2m1 import decode
+from fp4compile.codegen.kernels._tile_minifloat import bits_float
 
 
 @triton.jit
-def block_max(magnitude, IS_TILE: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr):
-    """Maximum of `magnitude` [ROWS, GROUPS, 16] over each 1x16 or 16x16 block, [ROWS, GROUPS]."""
-    row_max = tl.max(magnitude, axis=2)
-    if IS_TILE:
-        row_max = _spread(tl.max(tl.reshape(row_max, [ROWS // 16, 16, GROUPS]), axis=1), ROWS, GROUPS)
-    return row_max
+def lane_max(magnitude, A: tl.constexpr, B: tl.constexpr, N: tl.constexpr):
+    """Maximum of float32 `magnitude` [A, B, N] over its last dimension, [A, B]; NaN if one of them is."""
+    if N == 1:
+        return tl.reshape(magnitude, [A, B])
+    else:
+        even, odd = tl.split(tl.reshape(magnitude, [A, B, N // 2, 2]))
+        return lane_max(tl.maximum(even, odd, propagate_nan=tl.PropagateNan.ALL), A, B, N // 2)
 
 
 @triton.jit
-def block_error(scaled, codes, scale, SCALE_RULE: tl.constexpr, IS_TILE: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr):
-    """Error of each block against `scaled` = x S [ROWS, GROUPS, 16], on [ROWS, GROUPS]; sums run as trees of adjacent pairs."""
-    difference = scaled - decode(codes) * scale[:, :, None]
+def block_max(magnitude, TILE: tl.constexpr, A: tl.constexpr, B: tl.constexpr, N: tl.constexpr):
+    """The same over each block, whose rows all get it. Bits of magnitudes are ordered as integers, with NaN above Inf."""
+    largest = lane_max(magnitude, A, B, N)
+    if TILE == 0:
+        return largest
+    else:
+        return bits_float(_over_tile_rows(largest.to(tl.int32, bitcast=True), "max", TILE, A, B))
+
+
+@triton.jit
+def block_error(difference, SCALE_RULE: tl.constexpr, TILE: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
+    """Error of each block by `difference` [A, B, 16]; sums run as trees of adjacent pairs."""
     if SCALE_RULE == "four_over_six_absmax":
-        error = tl.max(tl.abs(difference), axis=2)
-        if IS_TILE:
-            error = _spread(tl.max(tl.reshape(error, [ROWS // 16, 16, GROUPS]), axis=1), ROWS, GROUPS)
+        error = _fold(tl.abs(difference), "max", A, B, 16)
+        return _over_tile_rows(error, "max", TILE, A, B)
     else:
         if SCALE_RULE == "four_over_six_mae":
             each = tl.abs(difference)
         else:
             tl.static_assert(SCALE_RULE == "four_over_six")
             each = difference * difference
-        error = _sum_adjacent(each, ROWS, GROUPS)
-        if IS_TILE:
-            columns = tl.permute(tl.reshape(error, [ROWS // 16, 16, GROUPS]), (0, 2, 1))
-            error = _spread(_sum_adjacent(columns, ROWS // 16, GROUPS), ROWS, GROUPS)
-    return error
+        return _over_tile_rows(_fold(each, "sum", A, B, 16), "sum", TILE, A, B)
 
 
 @triton.jit
-def _sum_adjacent(x, A: tl.constexpr, B: tl.constexpr):
-    """Sum over the last dimension of `x` [A, B, 16] as a tree of adjacent pairs."""
-    x = _add_pairs(tl.reshape(x, [A, B, 8, 2]))
-    x = _add_pairs(tl.reshape(x, [A, B, 4, 2]))
-    x = _add_pairs(tl.reshape(x, [A, B, 2, 2]))
-    return _add_pairs(x)
+def _fold(x, HOW: tl.constexpr, A: tl.constexpr, B: tl.constexpr, N: tl.constexpr):
+    if N == 1:
+        return tl.reshape(x, [A, B])
+    else:
+        even, odd = tl.split(tl.reshape(x, [A, B, N // 2, 2]))
+        return _fold(tl.maximum(even, odd) if HOW == "max" else even + odd, HOW, A, B, N // 2)
 
 
 @triton.jit
-def _add_pairs(x):
-    left, right = tl.split(x)
-    return left + right
+def _over_tile_rows(x, HOW: tl.constexpr, TILE: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
+    """`x` [A, B] folded over each 16 rows and repeated on them."""
+    if TILE == 0:
+        return x
+    elif TILE == 1:
+        folded = _fold(tl.permute(tl.reshape(x, [A // 16, 16, B]), (0, 2, 1)), HOW, A // 16, B, 16)
+        return tl.reshape(tl.broadcast_to(folded[:, None, :], [A // 16, 16, B]), [A, B])
+    else:
+        folded = _fold(tl.reshape(x, [A, B // 16, 16]), HOW, A, B // 16, 16)
+        return tl.reshape(tl.broadcast_to(folded[:, :, None], [A, B // 16, 16]), [A, B])
 
 
 @triton.jit
-def _spread(per_tile, ROWS: tl.constexpr, GROUPS: tl.constexpr):
-    """[ROWS/16, GROUPS] repeated over the 16 rows of each tile, [ROWS, GROUPS]."""
-    return tl.reshape(tl.broadcast_to(per_tile[:, None, :], [ROWS // 16, 16, GROUPS]), [ROWS, GROUPS])
-
-
-@triton.jit
-def random_bytes(seed, group):
-    """Bytes (int32, [R, G, 16]) of Philox4x32-10 for counters (group, 0, 0, 0): byte i of word j belongs to element 4 j + i."""
+def random_fractions(seed, group, A: tl.constexpr, B: tl.constexpr):
+    """Bytes of Philox4x32-10 for counters (group, 0, 0, 0) times 2^-9, float32 [A, B, 16]: byte i of word j belongs to element 4 j + i."""
     counter = group.to(tl.uint32)
     zero = tl.zeros_like(counter)
     word_0, word_1, word_2, word_3 = tl.philox(seed, counter, zero, zero, zero)
-    words = tl.join(tl.join(word_0, word_2), tl.join(word_1, word_3))  # [R, G, 2, 2], word 2 p + q at [p, q]
-    shift = (tl.arange(0, 4) * 8).to(tl.uint32)
-    spread = (words[:, :, :, :, None] >> shift[None, None, None, None, :]) & 0xFF
-    return tl.reshape(spread, [group.shape[0], group.shape[1], 16]).to(tl.int32)
+    words = tl.join(tl.join(word_0, word_2), tl.join(word_1, word_3))  # [A, B, 2, 2], word 2 p + q at [p, q]
+    low, high = _two_fractions(words), _two_fractions(words >> 16)
+    return tl.reshape(tl.permute(tl.join(low, high), (0, 1, 2, 3, 5, 4)), [A, B, 16])
+
+
+@triton.jit
+def _two_fractions(words):
+    """The two low bytes of each of `words` times 2^-9. As the mantissa's low bits of a number from 1 on they need no conversion."""
+    low = ((words & 0x000000FF) | 0x3F800000).to(tl.float32, bitcast=True)
+    high = ((words & 0x0000FF00) | 0x3F800000).to(tl.float32, bitcast=True)
+    return tl.join(tl.fma(low, 16384.0, -16384.0), tl.fma(high, 64.0, -64.0))  # exact

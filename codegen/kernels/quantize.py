@@ -1,8 +1,9 @@
-"""Block quantization in two kernels: the maximum magnitude that a global scale is made of, then scales and codes.
+"""Quantize kernels: truth is `reference/block.py`, and every bit agrees, so they must be compiled with `enable_fp_fusion=False`.
 
-Truth is `reference/block.py`; every bit agrees, so these kernels must be compiled with `enable_fp_fusion=False`. Both load a tile of
-the matrix seen as (batch, R, K) through its strides, whichever of the two is contiguous, and rotate it if asked, so that the rotated
-tensor is never stored. Elements outside the matrix are zero.
+Three ways to the global scale S. It is known (static, or none: MXFP4); or a program finds the maximum that S is made of in what it
+reads anyway, its own rows or a small matrix, and needs no other kernel; or `amax_kernel` has left the maxima of its programs behind, a few
+hundred numbers that every program of the next kernel reduces. No number needs to be zero before, and nothing is atomic. A tensor is seen as
+(batch, R, K) through its strides, K being the quantized axis, and rotated in registers.
 """
 
 from __future__ import annotations
@@ -10,102 +11,119 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fp4compile.codegen.kernels._tile_block import block_error, block_max, random_bytes
-from fp4compile.codegen.kernels._tile_e2m1 import encode_nearest, encode_stochastic, pack
 from fp4compile.codegen.kernels._tile_hadamard import rotate
-from fp4compile.codegen.kernels._tile_minifloat import bits_float, magnitude_bits
-from fp4compile.codegen.kernels._tile_scale import cap, decode_e4m3, encode_e4m3, encode_scale, reciprocal
+from fp4compile.codegen.kernels._tile_load import load_tile, rotated
+from fp4compile.codegen.kernels._tile_quantize import finite_max, quantize_tile
+from fp4compile.codegen.kernels._tile_scale import encode_of, encode_scale, reciprocal, store_decode
 
 
 @triton.jit
 def amax_kernel(
-    x_ptr, amax_ptr, rows, k, padded_k, stride_b, stride_r, stride_k,
-    PER_ROW: tl.constexpr, HADAMARD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    x_ptr, amax_ptr, plain_ptr, rows, k, row_tiles, unit_tiles, stride_b, stride_r, stride_k,
+    ACCESS: tl.constexpr, ACROSS: tl.constexpr, UNIT: tl.constexpr, HADAMARD: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """Maximum finite |x| into `amax_ptr`, int32 bits that start at 0: one a matrix, or one a row. Integer order is magnitude order."""
-    batch, row_tile, k_tile = tile_index(rows, padded_k, BLOCK_R, BLOCK_K)
-    row = row_tile * BLOCK_R + tl.arange(0, BLOCK_R)
-    x = load_rotated(x_ptr + batch * stride_b, row, k_tile, rows, k, stride_r, stride_k, HADAMARD, BLOCK_R, BLOCK_K)
-    magnitude = magnitude_bits(x.to(tl.float32))
-    finite = tl.where(magnitude < 0x7F800000, magnitude, 0)
-    row_max = tl.max(finite, axis=1)
+    """float32 maxima (batch, P) of the finite |x|, one a program, of grid (P, batch); with `plain_ptr` also those before the rotation."""
+    part, batch = tl.program_id(0), tl.program_id(1)
+    x_ptr += batch.to(tl.int64) * stride_b
+    largest, plain = tl.zeros([A, B], tl.float32), tl.zeros([A, B], tl.float32)
+    for tile in range(part, row_tiles * unit_tiles, tl.num_programs(0)):
+        row, unit = _corner(tile, unit_tiles, ACROSS, A, B)
+        if plain_ptr is None:
+            x = load_tile(x_ptr, row, unit, rows, k, stride_r, stride_k, ACCESS, ACROSS, UNIT, HADAMARD, A, B)
+        else:
+            x = load_tile(x_ptr, row, unit, rows, k, stride_r, stride_k, ACCESS, ACROSS, UNIT, 0, A, B)
+            plain = tl.maximum(plain, finite_max(x, A, B, UNIT))
+            x = rotated(x, x_ptr.dtype.element_ty, HADAMARD, A, B, UNIT)
+        largest = tl.maximum(largest, finite_max(x, A, B, UNIT))
+    where = batch * tl.num_programs(0) + part
+    tl.store(amax_ptr + where, tl.max(tl.max(largest, axis=1), axis=0))
+    if plain_ptr is not None:
+        tl.store(plain_ptr + where, tl.max(tl.max(plain, axis=1), axis=0))
+
+
+@triton.jit(do_not_specialize_on_alignment=["codes_ptr", "scales_ptr"])  # each lane stores what it made: wider stores would reshuffle
+def quantize_kernel(
+    x_ptr, amax_ptr, seed_ptr, codes_ptr, scales_ptr, decode_ptr, static_amax, parts, rows, k, groups, row_tiles, unit_tiles, tiles,
+    row_span, group_span, stride_b, stride_r, stride_k,
+    FORMAT: tl.constexpr, BOUND: tl.constexpr, IS_TILE: tl.constexpr, SCALE_RULE: tl.constexpr, STOCHASTIC: tl.constexpr,
+    SWIZZLED: tl.constexpr, CAPABILITY: tl.constexpr, MOST_PARTS: tl.constexpr, ONE_MATRIX: tl.constexpr,
+    ACCESS: tl.constexpr, ACROSS: tl.constexpr, UNIT: tl.constexpr, HADAMARD: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """Codes (batch, R, Kp/2), scale bytes (batch, R, Kp/block) or swizzled, decode multipliers (batch).
+
+    `amax_ptr` (batch, parts) as `amax_kernel` leaves it; None: S is made of `static_amax`. Tiles run backwards, for the last ones that
+    `amax_kernel` read are still in L2.
+    """
+    encode = encode_of(amax_ptr, static_amax, 0, parts, FORMAT, BOUND, MOST_PARTS)
+    decode = reciprocal(encode, CAPABILITY)
+    for back in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        index = tiles - 1 - back
+        batch = index // (row_tiles * unit_tiles)
+        row, unit = _corner(index % (row_tiles * unit_tiles), unit_tiles, ACROSS, A, B)
+        if not ONE_MATRIX:
+            encode = encode_of(amax_ptr, static_amax, batch, parts, FORMAT, BOUND, MOST_PARTS)
+            decode = reciprocal(encode, CAPABILITY)
+        store_decode(decode_ptr, decode, batch, row + unit, FORMAT)
+        base = x_ptr + tl.cast(batch, tl.int64) * stride_b
+        x = load_tile(base, row, unit, rows, k, stride_r, stride_k, ACCESS, ACROSS, UNIT, HADAMARD, A, B)
+        quantize_tile(
+            x, encode, decode, seed_ptr, codes_ptr, scales_ptr, batch, row, unit, rows, groups, row_span, group_span,
+            FORMAT, SCALE_RULE, IS_TILE, STOCHASTIC, SWIZZLED, CAPABILITY, ACROSS, UNIT, A, B,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize_on_alignment=["codes_ptr", "scales_ptr"])  # each lane stores what it made: wider stores would reshuffle
+def quantize_here_kernel(
+    x_ptr, seed_ptr, codes_ptr, scales_ptr, decode_ptr, rows, k, groups, row_tiles, unit_tiles, row_span, group_span,
+    stride_b, stride_r, stride_k,
+    BOUND: tl.constexpr, IS_TILE: tl.constexpr, SCALE_RULE: tl.constexpr, STOCHASTIC: tl.constexpr, SWIZZLED: tl.constexpr,
+    CAPABILITY: tl.constexpr, PER_ROW: tl.constexpr, ONE_TILE: tl.constexpr,
+    ACCESS: tl.constexpr, ACROSS: tl.constexpr, UNIT: tl.constexpr, HADAMARD: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """NVFP4 of a tile of rows a program, grid (row tiles, batch), with S of each row, or of the matrix, which every program reads whole.
+
+    ONE_TILE: what S is made of is the tile itself. Otherwise its second reading finds it in a cache.
+    """
+    row_tile, batch = tl.program_id(0), tl.program_id(1)
+    x_ptr += batch.to(tl.int64) * stride_b
+    SIZE: tl.constexpr = B if ACROSS else A
+    x = load_tile(x_ptr, row_tile * SIZE, 0, rows, k, stride_r, stride_k, ACCESS, ACROSS, UNIT, HADAMARD, A, B)
+    largest = finite_max(x, A, B, UNIT)
+    if not ONE_TILE:
+        first = row_tile if PER_ROW else 0
+        for tile in range(first * unit_tiles, (first + 1 if PER_ROW else row_tiles) * unit_tiles):
+            row, unit = _corner(tile, unit_tiles, False, SIZE, A if ACROSS else B)
+            x = load_tile(x_ptr, row, unit, rows, k, stride_r, stride_k, ACCESS, ACROSS, UNIT, HADAMARD, A, B)
+            largest = tl.maximum(largest, finite_max(x, A, B, UNIT))
     if PER_ROW:
-        tl.atomic_max(amax_ptr + batch * rows + row, row_max, mask=row < rows, sem="relaxed")
+        amax = tl.max(largest, axis=0)[None, :] if ACROSS else tl.max(largest, axis=1)[:, None]
     else:
-        tl.atomic_max(amax_ptr + batch, tl.max(row_max, axis=0), sem="relaxed")
+        amax = tl.full([1, 1], 0.0, tl.float32) + tl.max(tl.max(largest, axis=1), axis=0)
+    encode = encode_scale(amax, BOUND)
+    decode = reciprocal(encode, CAPABILITY)
+    if PER_ROW:
+        row = row_tile * SIZE + (tl.arange(0, SIZE)[None, :] if ACROSS else tl.arange(0, SIZE)[:, None])
+        tl.store(decode_ptr + batch * rows + row, decode, mask=row < rows)
+    else:
+        store_decode(decode_ptr, decode, batch, row_tile, "nvfp4")
+    for unit_tile in range(unit_tiles):
+        unit = unit_tile * (A if ACROSS else B)
+        if not ONE_TILE:
+            x = load_tile(x_ptr, row_tile * SIZE, unit, rows, k, stride_r, stride_k, ACCESS, ACROSS, UNIT, HADAMARD, A, B)
+        quantize_tile(
+            x, encode, decode, seed_ptr, codes_ptr, scales_ptr, batch, row_tile * SIZE, unit, rows, groups, row_span, group_span,
+            "nvfp4", SCALE_RULE, IS_TILE, STOCHASTIC, SWIZZLED, CAPABILITY, ACROSS, UNIT, A, B,
+        )  # fmt: skip
 
 
 @triton.jit
-def nvfp4_kernel(
-    x_ptr, amax_ptr, seed_ptr, codes_ptr, scales_ptr, decode_ptr, rows, k, padded_k, stride_b, stride_r, stride_k,
-    BOUND: tl.constexpr, IS_TILE: tl.constexpr, SCALE_RULE: tl.constexpr, PER_ROW: tl.constexpr, STOCHASTIC: tl.constexpr,
-    HADAMARD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Codes (batch, R, Kp/2), e4m3 scale bytes (batch, R, Kp/16), decode multipliers shaped as `amax_ptr`: (batch) or (batch, R)."""
-    GROUPS: tl.constexpr = BLOCK_K // 16
-    batch, row_tile, k_tile = tile_index(rows, padded_k, BLOCK_R, BLOCK_K)
-    row = row_tile * BLOCK_R + tl.arange(0, BLOCK_R)
-    x = load_rotated(x_ptr + batch * stride_b, row, k_tile, rows, k, stride_r, stride_k, HADAMARD, BLOCK_R, BLOCK_K)
-    x = tl.reshape(x.to(tl.float32), [BLOCK_R, GROUPS, 16])
-
-    if PER_ROW:
-        owner = batch * rows + row
-        owners = rows
-        amax = tl.load(amax_ptr + owner, mask=row < rows, other=0)
+def _corner(tile, unit_tiles, ACROSS: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
+    """First row and unit of tile number `tile`."""
+    row_tile, unit_tile = tile // unit_tiles, tile % unit_tiles
+    if ACROSS:
+        return row_tile * B, unit_tile * A
     else:
-        owner = batch + 0 * row
-        owners = 1
-        amax = tl.load(amax_ptr + owner)
-    by_row = encode_scale(bits_float(amax), BOUND)  # S
-    decode_by_row = reciprocal(by_row)
-    tl.store(decode_ptr + owner, decode_by_row, mask=row < tl.where(k_tile == 0, owners, 0))  # the first tile of each row writes
-
-    largest = block_max(magnitude_bits(x), IS_TILE, BLOCK_R, GROUPS)  # [R, K/16], NaN above Inf above every number
-    target = bits_float(largest) * (by_row * 0.1666666716337204)[:, None]  # float32(1/6)
-    if SCALE_RULE == "amax_17_16":
-        target = target * 1.0625
-    byte = encode_e4m3(target)
-    y = _into_range(x, byte, decode_by_row)
-    if STOCHASTIC:
-        codes = encode_stochastic(y, _random(seed_ptr, batch, row, k_tile, rows, padded_k, GROUPS))
-    else:
-        codes = encode_nearest(y)
-    if SCALE_RULE != "amax" and SCALE_RULE != "amax_17_16":
-        byte_4 = encode_e4m3(target * 1.5)
-        codes_4 = encode_nearest(_into_range(x, byte_4, decode_by_row))
-        scaled = x * by_row[:, None, None]
-        error_6 = block_error(scaled, codes, decode_e4m3(byte), SCALE_RULE, IS_TILE, BLOCK_R, GROUPS)
-        error_4 = block_error(scaled, codes_4, decode_e4m3(byte_4), SCALE_RULE, IS_TILE, BLOCK_R, GROUPS)
-        take_4 = error_4 < error_6
-        byte = tl.where(take_4, byte_4, byte)
-        codes = tl.where(take_4[:, :, None], codes_4, codes)
-
-    byte = tl.where(largest < 0x7F800000, byte, 0x7F)
-    _store(codes_ptr, scales_ptr, codes, byte, batch, row, k_tile, rows, padded_k, 16, BLOCK_R, BLOCK_K)
-
-
-@triton.jit
-def mxfp4_kernel(
-    x_ptr, seed_ptr, codes_ptr, scales_ptr, rows, k, padded_k, stride_b, stride_r, stride_k,
-    STOCHASTIC: tl.constexpr, HADAMARD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Codes (batch, R, Kp/2) and e8m0 scale bytes (batch, R, Kp/32): OCP Microscaling 1.0 with a floor exponent."""
-    GROUPS: tl.constexpr = BLOCK_K // 32
-    batch, row_tile, k_tile = tile_index(rows, padded_k, BLOCK_R, BLOCK_K)
-    row = row_tile * BLOCK_R + tl.arange(0, BLOCK_R)
-    x = load_rotated(x_ptr + batch * stride_b, row, k_tile, rows, k, stride_r, stride_k, HADAMARD, BLOCK_R, BLOCK_K)
-    x = tl.reshape(x.to(tl.float32), [BLOCK_R, GROUPS, 32])
-
-    largest = tl.max(magnitude_bits(x), axis=2)
-    byte = tl.maximum((largest >> 23) - 2, 0)  # e2m1's own largest exponent is 2
-    y = x * bits_float((254 - byte) << 23)[:, :, None]  # times 2^(127 - byte)
-    if STOCHASTIC:
-        drawn = _random(seed_ptr, batch, row, k_tile, rows, padded_k, BLOCK_K // 16)
-        codes = encode_stochastic(y, tl.reshape(drawn, [BLOCK_R, GROUPS, 32]))
-    else:
-        codes = encode_nearest(y)
-    byte = tl.where(largest < 0x7F800000, byte, 0xFF)
-    _store(codes_ptr, scales_ptr, codes, byte, batch, row, k_tile, rows, padded_k, 32, BLOCK_R, BLOCK_K)
+        return row_tile * A, unit_tile * B
 
 
 @triton.jit
@@ -114,61 +132,13 @@ def hadamard_kernel(
     HADAMARD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The rotated matrix (batch, R, Kp) in the input's dtype, through the output's own strides."""
-    batch, row_tile, k_tile = tile_index(rows, padded_k, BLOCK_R, BLOCK_K)
-    row = row_tile * BLOCK_R + tl.arange(0, BLOCK_R)
-    column = k_tile * BLOCK_K + tl.arange(0, BLOCK_K)
-    x = load_rotated(x_ptr + batch * stride_b, row, k_tile, rows, k, stride_r, stride_k, HADAMARD, BLOCK_R, BLOCK_K)
+    pid = tl.program_id(0).to(tl.int64)
+    k_tiles, row_tiles = tl.cdiv(padded_k, BLOCK_K), tl.cdiv(rows, BLOCK_R)
+    batch = pid // k_tiles // row_tiles
+    row = pid // k_tiles % row_tiles * BLOCK_R + tl.arange(0, BLOCK_R)
+    column = pid % k_tiles * BLOCK_K + tl.arange(0, BLOCK_K)
+    inside = (row < rows)[:, None] & (column < k)[None, :]
+    x = tl.load(x_ptr + batch * stride_b + row[:, None] * stride_r + column[None, :] * stride_k, mask=inside, other=0.0)
+    x = rotate(x.to(tl.float32), HADAMARD, BLOCK_R, BLOCK_K).to(x_ptr.dtype.element_ty)
     where = batch * out_stride_b + row[:, None] * out_stride_r + column[None, :] * out_stride_k
     tl.store(out_ptr + where, x, mask=(row < rows)[:, None] & (column < padded_k)[None, :])
-
-
-@triton.jit
-def tile_index(rows, padded_k, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
-    """(batch, row tile, k tile) of this program, int64; a matrix without elements still has one program, which writes its global scale."""
-    pid = tl.program_id(0).to(tl.int64)
-    k_tiles = tl.maximum(tl.cdiv(padded_k, BLOCK_K), 1)
-    row_tiles = tl.maximum(tl.cdiv(rows, BLOCK_R), 1)
-    return pid // k_tiles // row_tiles, pid // k_tiles % row_tiles, pid % k_tiles
-
-
-@triton.jit
-def load_rotated(
-    x_ptr, row, k_tile, rows, k, stride_r, stride_k, HADAMARD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr
-):  # fmt: skip
-    """Tile [BLOCK_R, BLOCK_K] in the input's dtype, rotated and rounded to it; zero outside the matrix."""
-    column = k_tile * BLOCK_K + tl.arange(0, BLOCK_K)
-    inside = (row < rows)[:, None] & (column < k)[None, :]
-    x = tl.load(x_ptr + row[:, None] * stride_r + column[None, :] * stride_k, mask=inside, other=0.0)
-    if HADAMARD > 0:
-        x = rotate(x.to(tl.float32), HADAMARD, BLOCK_R, BLOCK_K).to(x_ptr.dtype.element_ty)
-    return x
-
-
-@triton.jit
-def _into_range(x, byte, decode_by_row):
-    """`x` [R, GROUPS, 16] divided by its block and global scales, as a product with the rounded reciprocal."""
-    multiplier = cap(reciprocal(decode_e4m3(byte) * decode_by_row[:, None]))
-    return x * multiplier[:, :, None]
-
-
-@triton.jit
-def _random(seed_ptr, batch, row, k_tile, rows, padded_k, GROUPS: tl.constexpr):
-    """Random bytes of the tile, [R, GROUPS, 16], numbered by groups of 16 elements of the padded (batch, R, Kp) tensor."""
-    group = (batch * rows + row)[:, None] * (padded_k // 16) + (k_tile * GROUPS + tl.arange(0, GROUPS))[None, :]
-    return random_bytes(tl.load(seed_ptr), group)
-
-
-@triton.jit
-def _store(
-    codes_ptr, scales_ptr, codes, byte, batch, row, k_tile, rows, padded_k,
-    BLOCK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    PAIRS: tl.constexpr = BLOCK_K // 2
-    GROUPS: tl.constexpr = BLOCK_K // BLOCK
-    packed = pack(codes, BLOCK_R, BLOCK_K)
-    out_row = (batch * rows + row)[:, None]
-    inside = (row < rows)[:, None]
-    pair = (k_tile * PAIRS + tl.arange(0, PAIRS))[None, :]
-    tl.store(codes_ptr + out_row * (padded_k // 2) + pair, packed, mask=inside & (pair < padded_k // 2))
-    group = (k_tile * GROUPS + tl.arange(0, GROUPS))[None, :]
-    tl.store(scales_ptr + out_row * (padded_k // BLOCK) + group, byte.to(tl.uint8), mask=inside & (group < padded_k // BLOCK))

@@ -41,7 +41,8 @@ class Launch:
                 signature[name], constants[name] = "constexpr", value
                 continue
             signature[name] = _type_of(value)
-            if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+            whole = isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0)
+            if whole and not parameter.do_not_specialize_on_alignment:
                 attributes[(i,)] = [["tt.divisibility", 16]]
         source = ASTSource(self.kernel, signature, constants, attributes)
         return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=self.options)
@@ -50,7 +51,9 @@ class Launch:
 def _type_of(value: Any) -> str:
     if isinstance(value, TensorDescriptor):
         return f"tensordesc<{ELEMENTS[value.base.dtype]}{list(value.block_shape)}>"
-    return f"*{ELEMENTS[value.dtype]}" if isinstance(value, Tensor) else "i32"
+    if isinstance(value, Tensor):
+        return f"*{ELEMENTS[value.dtype]}"
+    return "fp32" if isinstance(value, float) else "i32"
 
 
 def launches_of(call: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
