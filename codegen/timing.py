@@ -85,6 +85,7 @@ class _Graph:
     """All calls in one CUDA graph, replayed so often that the start of the first replay does not count."""
 
     def __init__(self, calls: Sequence[Call], device: torch.device, turn: float) -> None:
+        self._calls = calls  # kept for what they refer to: the graph reads that memory again, and does not hold it
         self._device, self._count, self._replays = device, len(calls), 1
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))

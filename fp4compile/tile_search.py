@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 
 import torch
+from tqdm import tqdm
 
 from fp4compile.codegen.registry import search_tiles
 from fp4compile.codegen.target import Target
@@ -26,7 +27,7 @@ def wants_search(mode: str) -> bool:
 def search_products(products: Sequence[ProductShape], target: Target, device: torch.device) -> int:
     """Search for each of `products` whose kernels have tiles to choose from. Returns how many those were."""
     searched = 0
-    for product in products:
+    for product in tqdm(products, desc="tiles", unit="product", disable=None):  # shown on a terminal only
         start = time.perf_counter()
         if search_tiles(product.spec, target, product.m, product.n, product.k, device):
             searched += 1

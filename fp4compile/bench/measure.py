@@ -33,7 +33,6 @@ class Bench:
 
     @torch.no_grad()
     def matmul(self, case: MatmulCase) -> Row:
-        torch.compiler.reset()  # of the compiled peers of the last case: beyond eight Dynamo would give up
         target = target_of(self.device, where="bench")
         product = Product.of(case, target)
         x = activation(case.m, case.k, self.device)

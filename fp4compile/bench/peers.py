@@ -8,13 +8,16 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import multiprocessing
+import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, TimeoutError
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -78,8 +81,13 @@ def _bf16(case: MatmulCase, weights: Sequence[Tensor]) -> list[Callable[[Tensor]
 
 
 def _compiled_bf16(case: MatmulCase, weights: Sequence[Tensor]) -> list[Callable[[Tensor], Any]]:
-    compiled = torch.compile(lambda x, weight: F.linear(x, weight), dynamic=False)
+    """One graph for all sizes: Inductor calls cuBLAS or oneDNN from it, which choose by the sizes they get."""
+    compiled = torch.compile(_linear_of, dynamic=True)
     return [partial(compiled, weight=w) for w in weights]
+
+
+def _linear_of(x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(x, weight)
 
 
 def _int4(case: MatmulCase, weights: Sequence[Tensor]) -> list[Callable[[Tensor], Any]]:
@@ -117,7 +125,8 @@ def _torchao(case: MatmulCase, weights: Sequence[Tensor]) -> list[Callable[[Tens
     workflow = _package("torchao.prototype.mx_formats.inference_workflow")
     config = workflow.NVFP4WeightOnlyConfig() if case.activation == "bf16" else workflow.NVFP4DynamicActivationNVFP4WeightConfig()
     quantize_ = _package("torchao.quantization").quantize_
-    compiled = torch.compile(lambda x, weight: F.linear(x, weight), dynamic=False)
+    torch.compiler.reset()  # after eight shapes Dynamo would run it uncompiled
+    compiled = torch.compile(_linear_of, dynamic=False)
     found: list[Callable[[Tensor], Any]] = []
     for w in weights:
         model = nn.Sequential(_linear(w))
@@ -145,16 +154,31 @@ def probe(peer: Peer, case: MatmulCase, device: torch.device) -> str:
         return ""
     if importlib.util.find_spec(peer.package) is None:
         return "not installed"
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        future = pool.submit(_try_once, peer, case, str(device))
-        try:
-            return future.result(timeout=_PROBE_SECONDS)
-        except BrokenProcessPool:
-            return "it ended the process in which it was tried (an assertion or a crash in its compiler)"
-        except TimeoutError:
-            for process in pool._processes.values():
-                process.terminate()
-            return f"no result after {_PROBE_SECONDS} seconds"
+    with tempfile.TemporaryDirectory() as folder:
+        said = Path(folder) / "stderr"
+        # Another process: a compiler's dump goes into the file, and its abort ends only that process.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=context, initializer=_redirect_stderr, initargs=(str(said),)) as pool:
+            future = pool.submit(_try_once, peer, case, str(device))
+            try:
+                return future.result(timeout=_PROBE_SECONDS)
+            except BrokenProcessPool:
+                return f"it ended the process in which it was tried{_last_words(said)}"
+            except TimeoutError:
+                for process in multiprocessing.active_children():
+                    process.terminate()
+                return f"no result after {_PROBE_SECONDS} seconds"
+
+
+def _redirect_stderr(file: str) -> None:
+    os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), 2)
+
+
+def _last_words(said: Path) -> str:
+    """The assertion or error among what a process wrote before it ended."""
+    lines = said.read_text(errors="replace").splitlines() if said.exists() else []
+    telling = [line for line in lines if "Assertion" in line] or [line for line in lines if "rror" in line]
+    return f": {telling[0].strip()[-200:]}" if telling else ""
 
 
 def _try_once(peer: Peer, case: MatmulCase, device: str) -> str:

@@ -107,6 +107,7 @@ def _measure(case: Case, request: Request, results: Results) -> Row:
         tried = f"{peer.name}, {case.scheme}, {few}"
         if tried not in results.probes:
             results.probes[tried] = probe(peer, case, request.device)
+            results.save()
         return results.probes[tried]
 
     if isinstance(case, LayerCase):

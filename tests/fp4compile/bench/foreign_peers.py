@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import time
 
 import torch
 
@@ -10,7 +12,12 @@ from fp4compile.bench.peers import Peer
 
 
 def aborting(case, weights):
+    print("dump\nThing.cpp:12: Assertion `isInt()' failed.\nmore dump", file=sys.stderr, flush=True)  # noqa: T201 (as a compiler does)
     os.abort()
+
+
+def hanging(case, weights):
+    time.sleep(60)
 
 
 def refusing(case, weights):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fp4compile.bench import peers
 from fp4compile.bench.case import MatmulCase
 from fp4compile.bench.ours import activation, dense_weight
 from fp4compile.bench.peers import BASELINE, PEERS, PeerCannot, describe, noting_failure, probe
@@ -36,13 +37,23 @@ def test_int4_gives_a_product_and_refuses_what_its_groups_do_not_divide() -> Non
 @pytest.mark.parametrize(
     ("prepare", "said"),
     [
-        (foreign.aborting, "it ended the process"),
+        (foreign.aborting, "it ended the process in which it was tried: Thing.cpp:12: Assertion `isInt()' failed."),
         (foreign.refusing, "RuntimeError: at 34:12: ... no such instruction on this device"),
         (foreign.misshapen, "its result has the shape (1,)"),
     ],
 )
 def test_what_a_foreign_peer_does_wrong_becomes_a_reason(prepare, said) -> None:
     assert said in probe(foreign.peer(prepare), CASE, CPU)
+
+
+def test_what_a_compiler_dumps_before_it_dies_is_not_printed(capfd) -> None:
+    probe(foreign.peer(foreign.aborting), CASE, CPU)
+    assert "dump" not in capfd.readouterr().err
+
+
+def test_a_foreign_peer_that_hangs_is_given_up(monkeypatch) -> None:
+    monkeypatch.setattr(peers, "_PROBE_SECONDS", 3)
+    assert probe(foreign.peer(foreign.hanging), CASE, CPU) == "no result after 3 seconds"
 
 
 def test_a_foreign_peer_that_works_gives_no_reason() -> None:
