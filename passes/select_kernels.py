@@ -23,6 +23,7 @@ from fp4compile.passes.site import constant_of, fake_of, kernel_of, plan_of, set
 
 _PRODUCTS = (ops.SCALED_MM, ops.SCALED_GROUPED_MM)
 _A_CODES, _B_CODES = 0, 3  # positions among a product's arguments
+_FEW_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,16 @@ def _readers(parts: list[fx.Node]) -> list[tuple[fx.Node, int]]:
 
 
 def _may_have(quantize: fx.Node, layout: Layout) -> bool:
-    """A tiled weight is laid out once, in the weight store. It counts its rows in whole tiles, and padding must not cost much memory."""
-    if layout is not Layout.TILED:
-        return True
+    """Whether `layout` serves this value.
+
+    A tiled weight is laid out once, in the weight store. It counts its rows in whole tiles, and padding must not cost much memory. Scales
+    are swizzled in blocks of 128 rows: for a few rows of x that is many bytes of zeros, and kernels for few rows read plain ones as fast.
+    """
     source, axis = quantize.args[:2]
     value = fake_of(source)  # type: ignore[arg-type]
     rows, k = (value if axis == -1 else value.mT).shape[-2:]
+    weight = constant_of(quantize) is not None
+    if layout is not Layout.TILED:
+        return weight or isinstance(rows, torch.SymInt) or rows > _FEW_ROWS
     static = not isinstance(rows, torch.SymInt) and not isinstance(k, torch.SymInt)
-    return constant_of(quantize) is not None and static and rows % 16 == 0 and 8 * round_up(k, 128) <= 9 * k
+    return weight and static and rows % 16 == 0 and 8 * round_up(k, 128) <= 9 * k

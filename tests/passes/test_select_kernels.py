@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -13,6 +14,7 @@ from tests.passes.harness import W4A16, TwoLayers, apply, check_golden, decide_f
 from tests.passes.linear_ref import BF16, SETUP, linear_ref
 
 HOPPER = Target(name="sm_90", device_type="cuda", capability=90)
+BLACKWELL = Target(name="sm_100", device_type="cuda", capability=100)
 FOLDED = [*SETUP, InsertQuantize(), FoldWeights()]
 
 
@@ -49,3 +51,15 @@ def test_a_weight_that_is_quantized_anew_by_each_call_stays_plain() -> None:
 def test_emulated_products_of_two_quantized_operands_stay_plain() -> None:
     got = apply(TwoLayers(), torch.randn(5, 32, dtype=BF16), setup=FOLDED, passes=[SelectKernels()], target=HOPPER)
     assert got.changed == [2] and "layout=" not in got.after
+
+
+@pytest.mark.parametrize(("rows", "laid_out"), [(5, 1), (100, 2)])
+def test_scales_of_native_products_are_swizzled_but_for_a_few_rows(rows: int, laid_out: int, accept: bool) -> None:
+    """The weight's are, in the weight store; those of x where it has more rows than the tiles for few."""
+    model, x = nn.Sequential(nn.Linear(128, 32)).bfloat16(), torch.randn(rows, 128, dtype=BF16)
+    got = apply(model, x, setup=FOLDED, passes=[SelectKernels()], target=BLACKWELL)
+    check_golden(f"select_kernels/w4a4_blackwell_{rows}", got.before, got.after, accept)
+    assert got.changed == [1] and got.changed_again == [0]
+    assert got.after.count("layout='swizzled'") == 2 * laid_out  # each a quantize node and its reader
+    before = apply(model, x, setup=FOLDED, passes=[], target=BLACKWELL)
+    torch.testing.assert_close(got.output, before.output, rtol=0, atol=0)
