@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from fp4compile.codegen.registry import kernel_for, layouts_for
 from fp4compile.codegen.target import Target
 from fp4compile.codegen.timing import Call
 
+_FEW_ROWS: Final = 64
 Quantized = tuple[Tensor, Tensor, Tensor]  # codes, scales, global scale
 Side = tuple[Tensor, Tensor | None, Tensor | None]  # the same, or a high-precision tensor and twice None
 
@@ -37,7 +38,10 @@ class Product:
         a_layout, b_layout = layouts_for(spec, target)
         kernel = kernel_for(spec, target)
         name = kernel if isinstance(kernel, str) else kernel.reason
-        return cls(case=case, kernel=name, a_layout=a_layout, b_layout=b_layout if _may_have(case, b_layout) else Layout.PLAIN)
+        return cls(
+            case=case, kernel=name, a_layout=a_layout if _a_may_have(case, a_layout) else Layout.PLAIN,
+            b_layout=b_layout if _b_may_have(case, b_layout) else Layout.PLAIN,
+        )  # fmt: skip
 
     def quantize(self, x: Tensor, layout: str = Layout.PLAIN) -> Quantized:
         kwargs: dict[str, Any] = {} if layout == Layout.PLAIN else {"layout": str(layout)}
@@ -84,6 +88,11 @@ def activation(m: int, k: int, device: torch.device) -> Tensor:
     return (x * torch.logspace(-1, 1, m, base=2, device=device)[:, None]).bfloat16()
 
 
-def _may_have(case: MatmulCase, layout: Layout) -> bool:
-    """As the pass that selects kernels decides: a tiled weight has whole tiles, and little padding."""
+def _a_may_have(case: MatmulCase, layout: Layout) -> bool:
+    """As `passes.select_kernels` decides for a quantized x: scales of few rows stay plain."""
+    return layout is Layout.SWIZZLED and case.m > _FEW_ROWS
+
+
+def _b_may_have(case: MatmulCase, layout: Layout) -> bool:
+    """As it decides for a weight: a tiled one has whole tiles, and little padding."""
     return layout is not Layout.TILED or (case.n % 16 == 0 and 8 * round_up(case.k, 128) <= 9 * case.k)
