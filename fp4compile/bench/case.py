@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Final
 
-from fp4compile.codegen.formats import QuantConfig
+from fp4compile.codegen.formats import GlobalScale, QuantConfig
 
 ACTIVATIONS: Final = ("bf16", "fp4")
 Shape = tuple[int, int]  # N x K of a weight, rows x columns of a tensor to quantize
@@ -37,17 +37,30 @@ class MatmulCase:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeCase:
-    """A bfloat16 tensor (rows, columns) quantized along `axis` as `options` of `QuantConfig` say."""
+    """A bfloat16 tensor (rows, columns) quantized along `axis` as `options` of `QuantConfig` say.
+
+    axis None: along both in one reading, as training wants it, with `column_options` for the copy along the columns.
+    """
 
     kind: ClassVar[str] = "quantize"
     rows: int
     columns: int
-    axis: int = -1
+    axis: int | None = -1
     options: dict[str, Any] = field(default_factory=dict)
+    column_options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def config(self) -> QuantConfig:
         return QuantConfig(**self.options)
+
+    @property
+    def column_config(self) -> QuantConfig:
+        return QuantConfig(**self.column_options)
+
+    @property
+    def configs(self) -> tuple[QuantConfig, ...]:
+        """One a copy that is written."""
+        return (self.config,) if self.axis is not None else (self.config, self.column_config)
 
     @property
     def key(self) -> str:
@@ -55,11 +68,17 @@ class QuantizeCase:
 
     @property
     def scheme(self) -> str:
-        scale = "" if self.options.get("global_scale") else " tensor" if self.config.fmt.has_global_scale else ""
-        return f"{self.config.describe()}{scale}{' columns' if self.axis == -2 else ''}"
+        if self.axis is None:
+            return f"{_words(self.config)} and columns {_words(self.column_config)}"
+        return f"{_words(self.config)}{' columns' if self.axis == -2 else ''}"
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def _words(config: QuantConfig) -> str:
+    shared = config.fmt.has_global_scale and config.global_scale is GlobalScale.TENSOR
+    return f"{config.describe()}{' tensor' if shared else ''}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,17 +104,22 @@ class LayerCase:
 
 Case = MatmulCase | QuantizeCase | LayerCase
 
-_QUANTIZATIONS: Final[tuple[tuple[int, dict[str, Any]], ...]] = (
-    (-1, {}),
-    (-1, {"global_scale": "row"}),
-    (-1, {"global_scale": "static", "static_amax": 4.0}),
-    (-2, {}),
-    (-1, {"block": "16x16"}),
-    (-1, {"hadamard": 16}),
-    (-1, {"scale_rule": "four_over_six"}),
-    (-1, {"rounding": "stochastic"}),
-    (-2, {"rounding": "stochastic", "hadamard": 16}),
-    (-1, {"format": "mxfp4"}),
+_TRAINING: Final = {"rounding": "stochastic", "hadamard": 16}
+_QUANTIZATIONS: Final[tuple[tuple[int | None, dict[str, Any], dict[str, Any]], ...]] = (
+    (-1, {}, {}),
+    (-1, {"global_scale": "row"}, {}),
+    (-1, {"global_scale": "static", "static_amax": 4.0}, {}),
+    (-2, {}, {}),
+    (-1, {"block": "16x16"}, {}),
+    (-1, {"hadamard": 16}, {}),
+    (-1, {"hadamard": 16, "global_scale": "row"}, {}),
+    (-1, {"scale_rule": "four_over_six"}, {}),
+    (-1, {"scale_rule": "four_over_six", "global_scale": "row"}, {}),
+    (-1, {"rounding": "stochastic"}, {}),
+    (-2, _TRAINING, {}),
+    (None, {}, {}),
+    (None, {"rounding": "stochastic"}, _TRAINING),
+    (-1, {"format": "mxfp4"}, {}),
 )
 
 
@@ -110,7 +134,11 @@ def matmul_cases(shapes: Sequence[Shape], rows: Sequence[int], formats: Sequence
 
 
 def quantize_cases(shapes: Sequence[Shape], formats: Sequence[str]) -> list[QuantizeCase]:
-    every = [QuantizeCase(rows=r, columns=c, axis=axis, options=options) for r, c in shapes for axis, options in _QUANTIZATIONS]
+    every = [
+        QuantizeCase(rows=r, columns=c, axis=axis, options=options, column_options=column_options)
+        for r, c in shapes
+        for axis, options, column_options in _QUANTIZATIONS
+    ]
     return [case for case in every if case.config.format in formats]
 
 

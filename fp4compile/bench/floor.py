@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from fp4compile.bench.case import MatmulCase, QuantizeCase
-from fp4compile.codegen.formats import FORMATS
+from fp4compile.codegen.formats import FORMATS, GlobalScale
 from fp4compile.codegen.target import Target
 from fp4compile.codegen.timing import Effort, microseconds
 
@@ -52,5 +52,6 @@ def matmul_floor(case: MatmulCase, speeds: Speeds, target: Target) -> tuple[floa
 def quantize_floor(case: QuantizeCase, speeds: Speeds) -> tuple[float, str]:
     """A scale for the whole tensor must be known before the first code is written: the tensor is read twice."""
     size = case.rows * case.columns
-    passes = 2 if case.config.fmt.has_global_scale and case.config.global_scale == "tensor" else 1
-    return (2 * passes * size + size * case.config.fmt.bits_per_value / 8) / speeds.copy, "bytes"
+    twice = any(config.fmt.has_global_scale and config.global_scale is GlobalScale.TENSOR for config in case.configs)
+    written = sum(config.fmt.bits_per_value / 8 for config in case.configs)
+    return size * (2 * (1 + twice) + written) / speeds.copy, "bytes"

@@ -10,7 +10,7 @@ import torch
 
 from fp4compile.bench.case import MatmulCase, QuantizeCase
 from fp4compile.bench.floor import Speeds, matmul_floor, quantize_floor
-from fp4compile.bench.ours import Product, activation, dense_weight, quantize_call, seed_for
+from fp4compile.bench.ours import Product, activation, dense_weight, quantize_call, seed_on
 from fp4compile.bench.peers import PEERS, Peer, describe, failures, noting_failure
 from fp4compile.bench.results import OURS, Row
 from fp4compile.bench.verify import Verdict, verify_product, verify_quantize
@@ -68,7 +68,7 @@ class Bench:
             return row(wrong=verdict.wrong)
         copies = copies_for(2 * case.rows * case.columns, self.device)
         tensors = [dense_weight(case.rows, case.columns, self.device, i) for i in range(copies)]
-        seed = seed_for(case, self.device)
+        seed = seed_on(self.device)
         contenders: dict[str, Timed] = {}
         failed: dict[str, str] = {}
         with noting_failure(OURS, failed):

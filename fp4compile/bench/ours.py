@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fp4compile.bench.case import MatmulCase, QuantizeCase
 from fp4compile.codegen import ops
-from fp4compile.codegen.formats import Layout, QuantConfig, round_up
+from fp4compile.codegen.formats import Layout, QuantConfig, Rounding, round_up
 from fp4compile.codegen.kernel_spec import KernelSpec
 from fp4compile.codegen.registry import kernel_for, layouts_for
 from fp4compile.codegen.target import Target
@@ -66,12 +66,16 @@ class Product:
         return self.multiply(self.left(x), weight)
 
 
-def quantize_call(case: QuantizeCase, x: Tensor, seed: Tensor | None) -> Call:
-    return partial(ops.QUANTIZE, x, case.axis, *ops.quantize_args(case.config), seed)
+def quantize_call(case: QuantizeCase, x: Tensor, seed: Tensor) -> Call:
+    """Codes, scales, global scale of each copy. `seed` is drawn from where a copy is rounded stochastically."""
+    seeds = [seed if config.rounding is Rounding.STOCHASTIC else None for config in case.configs]
+    if case.axis is None:
+        return partial(ops.QUANTIZE_BOTH, x, *ops.quantize_both_args(case.config, case.column_config), *seeds)
+    return partial(ops.QUANTIZE, x, case.axis, *ops.quantize_args(case.config), *seeds)
 
 
-def seed_for(case: QuantizeCase, device: torch.device) -> Tensor | None:
-    return torch.tensor(1234, device=device) if case.config.rounding == "stochastic" else None
+def seed_on(device: torch.device) -> Tensor:
+    return torch.tensor(1234, device=device)
 
 
 def dense_weight(n: int, k: int, device: torch.device, copy: int) -> Tensor:

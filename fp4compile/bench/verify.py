@@ -5,6 +5,7 @@ Quantize agrees bit for bit with the reference. A product is compared with float
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fp4compile.bench.case import QuantizeCase
-from fp4compile.bench.ours import Product, Quantized, quantize_call, seed_for
+from fp4compile.bench.ours import Product, Quantized, quantize_call, seed_on
 from fp4compile.codegen.formats import GlobalScale
 from fp4compile.codegen.reference.block import dequantize_ref, quantize_ref
 
@@ -35,11 +36,12 @@ class Verdict:
 @torch.no_grad()
 def verify_quantize(case: QuantizeCase, device: torch.device) -> Verdict:
     """All bits of a sample with hard values in it."""
-    x = _hard_sample(case).to(device)
-    seed = seed_for(case, device)
+    x, seed = _hard_sample(case).to(device), seed_on(device)
     found = [t.cpu() for t in quantize_call(case, x, seed)()]  # type: ignore[attr-defined]
-    expected = quantize_ref(x.cpu(), case.config, axis=case.axis, seed=None if seed is None else seed.cpu())
-    for name, a, b in zip(("codes", "scales", "global scale"), found, expected, strict=True):
+    axes = (-1, -2) if case.axis is None else (case.axis,)
+    copies = [quantize_ref(x.cpu(), config, axis=axis, seed=seed.cpu()) for axis, config in zip(axes, case.configs, strict=True)]
+    names = [f"{name}{' of columns' if i else ''}" for i in range(len(copies)) for name in ("codes", "scales", "global scale")]
+    for name, a, b in zip(names, found, itertools.chain(*copies), strict=True):
         if a.shape != b.shape or a.dtype != b.dtype:
             return Verdict(wrong=f"{name}: {a.dtype} {tuple(a.shape)} where the reference has {b.dtype} {tuple(b.shape)}", errors={})
         different = (_bits(a) != _bits(b)).sum().item()
@@ -125,7 +127,7 @@ def _hard_sample(case: QuantizeCase) -> Tensor:
     x[4::17] *= 2.0**-60
     x[5::19] *= 2.0**40 if case.config.global_scale is GlobalScale.ROW else 30.0
     x[:, -3:] = 6.0
-    if not case.config.hadamard:
+    if not any(config.hadamard for config in case.configs):
         x[rows // 2, columns // 2], x[rows // 3, 0] = float("nan"), float("-inf")
     return x.bfloat16()
 

@@ -131,7 +131,7 @@ def test_an_operator_that_raises_is_wrong_with_what_it_said(folder, monkeypatch,
 def test_quantizers_are_timed_beside_a_copy(folder, capsys) -> None:
     assert run(folder, what=["bench", "quantize", "--device", "cpu", "--quick", "--shapes", "32x64"]) == 0
     rows = stored(folder)["rows"]
-    assert len(rows) == 10 and {row["kind"] for row in rows} == {"quantize"} and len({row["key"] for row in rows}) == 10
+    assert len(rows) == 14 and {row["kind"] for row in rows} == {"quantize"} and len({row["key"] for row in rows}) == 14
     assert all(set(row["times"]) == {"ours", "copy"} for row in rows)
     assert "nvfp4+row" in capsys.readouterr().out and not (folder / "speed.svg").exists()
 

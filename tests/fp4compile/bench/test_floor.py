@@ -44,6 +44,13 @@ def test_floor_of_a_quantizer_reads_twice_where_a_tensor_shares_a_scale(options,
     assert by == "bytes" and floor == pytest.approx(6400 * bytes_an_element / 1000.0)
 
 
+def test_floor_of_both_axes_reads_once_and_writes_two_copies() -> None:
+    row = {"global_scale": "row"}
+    assert quantize_floor(QuantizeCase(rows=100, columns=64, axis=None), SPEEDS)[0] == pytest.approx(6400 * 5.125 / 1000.0)
+    both = QuantizeCase(rows=100, columns=64, axis=None, options=row, column_options={**row, "hadamard": 16})
+    assert quantize_floor(both, SPEEDS)[0] == pytest.approx(6400 * 3.125 / 1000.0)
+
+
 def test_measured_speeds_are_those_of_a_machine() -> None:
     """Between a tenth of a GB/s and a PB/s, and from 10 MFLOP/s to an EFLOP/s: units are right."""
     speeds = measure_speeds(CPU, Effort(rounds=1, turn=0), small=True)

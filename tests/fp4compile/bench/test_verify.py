@@ -99,6 +99,16 @@ def test_one_bit_of_a_quantizer_is_seen(monkeypatch, part, name) -> None:
     assert found.wrong.startswith(f"{name}: 1 of ") and "differ from the reference" in found.wrong
 
 
+def test_one_bit_of_the_column_copy_is_seen(monkeypatch) -> None:
+    def flip(parts):
+        parts = [t.clone() for t in parts]
+        parts[3].view(-1)[7] ^= 1
+        return tuple(parts)
+
+    spoiled(monkeypatch, "QUANTIZE_BOTH", flip)
+    assert verify_quantize(QuantizeCase(rows=64, columns=96, axis=None), CPU).wrong.startswith("codes of columns: 1 of ")
+
+
 def test_a_missing_row_is_seen(monkeypatch) -> None:
     spoiled(monkeypatch, "QUANTIZE", lambda parts: (parts[0][:-1], *parts[1:]))
     assert "where the reference has" in verify_quantize(QuantizeCase(rows=50, columns=96), CPU).wrong
