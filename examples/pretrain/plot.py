@@ -105,9 +105,11 @@ def _curves(runs: Sequence[Run], out: Path) -> str:
         smooth = dict(base.smooth())
         gaps = [(r, [(x, y - smooth[x]) for x, y in r.smooth() if x in smooth]) for r in runs if r is not base]
         lines = tuple(Line(label=r.name, points=tuple(points)) for r, points in gaps)
-        seen = sorted(abs(y) for _, points in gaps for _, y in points[len(points) // 5 :]) or [1.0]
-        reach = 1.3 * seen[int(0.97 * (len(seen) - 1))] or 1.0  # the first steps are all noise
-        panels.append(Panel(title=f"training loss above {BASE}", x="tokens", y="nats a token", lines=lines, y_range=(-reach, reach)))
+        seen = sorted([y for _, points in gaps for _, y in points[len(points) // 5 :]] or [0.0])  # the first steps are all noise
+        low, high = min(seen[len(seen) // 50], 0.0), max(seen[-1 - len(seen) // 50], 0.0)
+        room = 0.1 * (high - low) or 1.0
+        y_range = (low - room, high + room)
+        panels.append(Panel(title=f"training loss above {BASE}", x="tokens", y="nats a token", lines=lines, y_range=y_range))
     note = out / "settings.json"
     subtitle = [", ".join(f"{k} {v}" for k, v in json.loads(note.read_text()).items())] if note.exists() else []
     return chart_svg(panels, title="Pretraining", subtitle=subtitle)

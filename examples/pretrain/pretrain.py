@@ -185,8 +185,11 @@ def main(argv: Sequence[str] | None = None) -> str:
     torch.use_deterministic_algorithms(args.deterministic or args.device == "cpu")
     settings = _settings(args)
     _claim(args.out, settings)
+    deadline = started + 60 * args.limit_minutes
     for name in args.recipe:
-        deadline = started + 60 * args.limit_minutes
+        if time.monotonic() > deadline and name != args.recipe[0]:
+            print(f"{name}: no time left. The same command goes on from here.")
+            continue
         schedule = Schedule(
             deadline=deadline,
             save_every=args.save_every,
@@ -222,8 +225,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--evaluate-every", type=int, help="steps between looks at the held-out text; default: ten looks")
     parser.add_argument("--heldout-tokens", default="256k", help="how much of it")
     parser.add_argument("--diagnose-every", type=int, default=0, help="steps between diagnoses of the quantization; 0: none")
-    parser.add_argument("--limit-minutes", type=float, default=math.inf, help="save and stop after this time")
-    parser.add_argument("--deterministic", action="store_true", help="the same sums on CUDA in every run, slower; the CPU always does")
+    parser.add_argument("--limit-minutes", type=float, default=math.inf, help="save and stop after this time, all recipes together")
+    parser.add_argument("--deterministic", action="store_true", help="on CUDA: equal runs to the last bit, slower")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(argv)
 

@@ -100,6 +100,14 @@ def test_known_numbers_of_a_gaussian() -> None:
     assert drawn.clipped_maxima * drawn.clipped_by == pytest.approx(0.011, abs=0.001)  # 1.1 % of all block maxima
 
 
+def test_wider_scales_clip_nothing_and_leave_the_bias_of_8_bit_draws() -> None:
+    x = torch.randn(512, 1024, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    sums = measure(x, QuantConfig(rounding="stochastic", scale_rule="amax_17_16"), axis=-1, draws=8)[1]
+    assert sums.clipped_maxima == 0 and sums.saturation == 0
+    assert sums.gain_bias == pytest.approx(-0.0006, abs=0.0002)
+
+
 def test_blocks_too_small_for_the_tensor_are_flushed() -> None:
     x = torch.full((2, 32), 1e-7)
     x[0, 0] = 1000.0
