@@ -107,20 +107,17 @@ def test_a_killed_run_goes_on_bit_for_bit(text: Path, tmp_path: Path, monkeypatc
 
 
 def test_a_time_limit_saves_and_the_same_command_goes_on(text: Path, tmp_path: Path, capsys) -> None:
+    """And only the same: runs of other settings are not mixed."""
+    import pretrain
+
     arguments = ("--recipe", "bf16", "--tokens", "768")
     run(text, tmp_path, *arguments, "--limit-minutes", "0")
     assert "bf16: out of time, saved." in capsys.readouterr().out
     assert [row["step"] for row in log_of(tmp_path / "bf16") if "loss" in row] == [1]
     run(text, tmp_path, *arguments)
     assert [row["step"] for row in log_of(tmp_path / "bf16") if "loss" in row] == [1, 2, 3]
-
-
-def test_runs_of_other_settings_are_not_mixed(text: Path, tmp_path: Path) -> None:
-    import pretrain
-
-    run(text, tmp_path, "--recipe", "bf16", "--tokens", "256")
     with pytest.raises(pretrain.OtherRun, match=r'"seed": 0.*now asked for.*"seed": 1'):
-        run(text, tmp_path, "--recipe", "bf16", "--tokens", "256", "--seed", "1")
+        run(text, tmp_path, *arguments, "--seed", "1")
 
 
 def rows_under(name: str) -> dict[tuple[str, str], tuple[str, str]]:
