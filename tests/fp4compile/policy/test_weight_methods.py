@@ -92,7 +92,8 @@ REFUSED = {
     "a mixed activation": (
         {"extends": "nvfp4", "default": {"format": "mixfp4"}},
         "inline policy, [default] (fprop): format = mixfp4 on the activation. It has no kernel and runs once per weight; this "
-        'operand is quantized in every call. Give it to the weight alone, as in weight = { format = "mixfp4" }, or use precision = "w4a16".',
+        'operand is quantized in every call. Give it to the weight alone, as in weight = { format = "mixfp4" }, '
+        'or use precision = "w4a16".',
     ),
     "a searched gradient": (
         {"extends": "nvfp4_train", "training": {"wgrad": {"gradient": {"scale_rule": "soar", "rounding": "nearest"}}}},
