@@ -34,6 +34,9 @@ LLAMAS: Final = {
 class Attention(nn.Module):
     """Grouped-query attention with rotary embeddings. With `context` it keeps keys and values of that many positions and of one new."""
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, shape: LlamaShape, context: int) -> None:
         super().__init__()
         self.shape, self.context = shape, context

@@ -129,9 +129,9 @@ def _torchao(case: MatmulCase, weights: Sequence[Tensor]) -> list[Callable[[Tens
     compiled = torch.compile(_linear_of, dynamic=False)
     found: list[Callable[[Tensor], Any]] = []
     for w in weights:
-        model = nn.Sequential(_linear(w))
-        quantize_(model, config)
-        found.append(partial(compiled, weight=model[0].weight.detach()))
+        linear = _linear(w)
+        quantize_(nn.Sequential(linear), config)  # in place
+        found.append(partial(compiled, weight=linear.weight.detach()))
     return found
 
 
