@@ -58,12 +58,12 @@ FAMILIES: Final = (
         capabilities=range(80, 100), takes=_nvfp4_weight_only, b_layout=Layout.TILED,
     ),
     KernelFamily(
-        name="triton tcgen05", device_type="cuda", ops=("scaled_mm",), folder="kernels", ending=".py", capabilities=(100, 103),
+        name="triton tcgen05", device_type="cuda", ops=_PRODUCTS, folder="kernels", ending=".py", capabilities=(100, 103),
         takes=_same_hardware_format, a_layout=Layout.SWIZZLED, b_layout=Layout.SWIZZLED,
         relies_on=frozenset({Feature.E4M3_SCALED_DOT, Feature.WARP_SPECIALIZATION}),
     ),
     KernelFamily(
-        name="triton mma.sync", device_type="cuda", ops=("scaled_mm",), folder="kernels", ending=".py", capabilities=(120, 121),
+        name="triton mma.sync", device_type="cuda", ops=_PRODUCTS, folder="kernels", ending=".py", capabilities=(120, 121),
         takes=_same_hardware_format, a_layout=Layout.SWIZZLED, b_layout=Layout.SWIZZLED, relies_on=frozenset({Feature.E4M3_SCALED_DOT}),
     ),
     KernelFamily(name="triton emulation", device_type="cuda", ops=_PRODUCTS, folder="kernels", ending=".py"),

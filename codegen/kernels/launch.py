@@ -12,6 +12,7 @@ from fp4compile.codegen.formats import Layout
 from fp4compile.codegen.kernels.launch_matmul import Operand, multiply, multiply_grouped
 from fp4compile.codegen.kernels.launch_native import scaled_mm as native_scaled_mm
 from fp4compile.codegen.kernels.launch_native import serves
+from fp4compile.codegen.kernels.launch_native_grouped import scaled_grouped_mm as native_scaled_grouped_mm
 from fp4compile.codegen.kernels.launch_quantize import hadamard, known_target, on_device_of, quantize
 from fp4compile.codegen.kernels.launch_quantize_both import quantize_both
 from fp4compile.codegen.reference.layout import plain_ref
@@ -81,11 +82,17 @@ def scaled_grouped_mm(
 ) -> Tensor:
     """`fp4::scaled_grouped_mm`: see `reference.grouped.scaled_grouped_mm_ref`; `offs` is read on the device only."""
     where = "fp4::scaled_grouped_mm"
+    target = known_target(a.device, where=where)
+    if serves(a_scales, b_scales, (a_layout, b_layout), int(k), target.capability):
+        with on_device_of(a):
+            return native_scaled_grouped_mm(
+                a, a_scales, a_global, b, b_scales, b_global, offs, int(k), out_dtype,
+                a_layout=a_layout, b_layout=b_layout, capability=target.capability,
+            )  # fmt: skip
     if a_scales is not None:
         a, a_scales = plain_ref(a, a_scales, a_layout)
     if b_scales is not None:
         b, b_scales = plain_ref(b, b_scales, b_layout)
-    known_target(a.device, where=where)
     out = a.new_empty((a.shape[0], b.shape[-2]), dtype=out_dtype)
     if not out.numel():
         return out

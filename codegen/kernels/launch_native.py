@@ -164,14 +164,14 @@ def _launch(left: NativeOperand, right: NativeOperand, bias: Tensor | None, out:
         batch, *sizes, triton.cdiv(k, tile.block_k), groups, int(rows.matrices > 1), int(columns.matrices > 1), *strides,
         *_strides(globals_[0], 2), *_strides(globals_[1], 2), *_swap(_strides(bias, 3), tile.swapped),
         out.stride(0) if parts else 0, *_swap(out.stride()[-3:], tile.swapped),
-        BLOCK=left.block, COLUMN_SCALES=kind, EACH_ROW=_is_vector(globals_[0]), EACH_COLUMN=_is_vector(globals_[1]),
+        BLOCK=left.block, COLUMN_SCALES=kind, EACH_ROW=is_vector(globals_[0]), EACH_COLUMN=is_vector(globals_[1]),
         BIAS=_bias_kind(bias, tile.swapped), **tile.options(),
     )  # fmt: skip
 
 
 def _sum_splits(partial: Tensor, a_global: Tensor | None, b_global: Tensor | None, bias: Tensor | None, out: Tensor) -> None:
     _, m, n = out.shape
-    strides = [0 if each is None else int(_is_vector(each)) * each.stride(1) for each in (a_global, b_global)]
+    strides = [0 if each is None else int(is_vector(each)) * each.stride(1) for each in (a_global, b_global)]
     sum_splits_kernel[(triton.cdiv(m * n, 1024),)](
         partial, a_global, b_global, None if bias is None else bias[0, 0].contiguous(), out, n, m * n, *strides,
         SPLITS=partial.shape[0], BLOCK=1024, num_warps=4, enable_fp_fusion=False,
@@ -197,7 +197,7 @@ def _as_triton(scales: Tensor) -> Tensor:
     return scales.view(torch.uint8) if scales.dtype == torch.float8_e8m0fnu else scales
 
 
-def _is_vector(global_scale: Tensor | None) -> bool:
+def is_vector(global_scale: Tensor | None) -> bool:
     return global_scale is not None and global_scale.shape[1] > 1
 
 

@@ -34,6 +34,11 @@ class NativeTile:
             "num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": False,
         }  # fmt: skip
 
+    def grouped_options(self) -> dict[str, Any]:
+        """The same for `native_grouped_mm_kernel`, whose programs each compute one tile in one go."""
+        fixed = ("PERSISTENT", "SPECIALIZED", "ONE_SUM")
+        return {name: value for name, value in self.options().items() if name not in fixed}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
@@ -63,6 +68,7 @@ TCGEN05: Final = Architecture(
             one_sum=False,
         ),
         NativeTile(name="128x128 split", block_r=128, block_c=128, block_k=256, warps=8, stages=4, parts=2),
+        NativeTile(name="128 rows", block_r=128, block_c=128, block_k=256, warps=8, stages=4, parts=2, swapped=True),
         NativeTile(name="64 rows", block_r=128, block_c=64, block_k=256, warps=4, stages=4, swapped=True),
         NativeTile(name="32 rows", block_r=128, block_c=32, block_k=256, warps=4, stages=5, swapped=True),
         NativeTile(name="16 rows", block_r=128, block_c=16, block_k=256, warps=4, stages=5, swapped=True),
@@ -73,6 +79,7 @@ MMA_SYNC: Final = Architecture(
     capabilities=(120, 121), multiply_adds=2048, bytes_in=32, bytes_from_memory=4, processors=170, shared_memory=101_376,
     tiles=(
         NativeTile(name="128x128", block_r=128, block_c=128, block_k=256, warps=8, stages=3),
+        NativeTile(name="128 rows", block_r=128, block_c=128, block_k=256, warps=8, stages=3, swapped=True),
         NativeTile(name="64 rows", block_r=128, block_c=64, block_k=256, warps=8, stages=4, swapped=True),
         NativeTile(name="32 rows", block_r=128, block_c=32, block_k=256, warps=4, stages=4, swapped=True),
         NativeTile(name="16 rows", block_r=128, block_c=16, block_k=256, warps=4, stages=4, swapped=True),

@@ -12,7 +12,14 @@ import pytest
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-RUN_KERNELS = ["test_quantize_exact.py", "test_scaled_mm.py", "test_grouped.py", "test_flagged_mm.py", "test_native_mm.py"]
+RUN_KERNELS = [
+    "test_quantize_exact.py",
+    "test_scaled_mm.py",
+    "test_grouped.py",
+    "test_flagged_mm.py",
+    "test_native_mm.py",
+    "test_native_grouped.py",
+]
 
 if INTERPRETED:
     collect_ignore = ["test_under_interpreter.py", "test_cross_compile.py"]

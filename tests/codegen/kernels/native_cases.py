@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fp4compile.codegen.formats import Layout
-from fp4compile.codegen.kernels import launch_native
+from fp4compile.codegen.kernels import launch_native, launch_native_grouped
 from fp4compile.codegen.kernels.native_tiles import Architecture, NativeTile, Plan
 
 N, K = 4096, 8192
@@ -50,6 +50,19 @@ def native_product(
         capability=architecture.capabilities[0],
         chosen=Plan(tile=tile, splits=1),
     )
+
+
+def native_grouped_product(
+    architecture: Architecture, tile: NativeTile, fmt: str, *, layout: str = Layout.SWIZZLED
+) -> Callable[[], object]:
+    """The same for eight experts with as many tokens each as the tile has columns."""
+    groups = 8
+    a, b = _operand(groups * tile.block_c, fmt, layout, rows_scaled=True), _operand(N, fmt, layout, rows_scaled=False)
+    experts = [t.expand(groups, *t.shape) for t in b]
+    return lambda: launch_native_grouped.scaled_grouped_mm(
+        *a, *experts, torch.zeros(groups, dtype=torch.int32), K, torch.bfloat16, a_layout=layout, b_layout=layout,
+        capability=architecture.capabilities[0], chosen=tile,
+    )  # fmt: skip
 
 
 def _operand(rows: int, fmt: str, layout: str, *, rows_scaled: bool) -> tuple[Tensor, Tensor, Tensor]:

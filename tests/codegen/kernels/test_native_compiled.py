@@ -12,7 +12,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter does not compile", allow_module_level=True)
 from fp4compile.codegen.kernels.native_tiles import ARCHITECTURES, TCGEN05, Architecture, NativeTile
 from tests.codegen.kernels.cross_compiled import launches_of
-from tests.codegen.kernels.native_cases import HEAVIEST, RAGGED, USUAL, Epilogue, native_product
+from tests.codegen.kernels.native_cases import HEAVIEST, RAGGED, USUAL, Epilogue, native_grouped_product, native_product
 from tests.codegen.kernels.sass import MachineCode, machine_code, multiplications
 
 VERSION = tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:2])
@@ -37,13 +37,13 @@ def assert_fits(code: MachineCode, architecture: Architecture) -> None:
     assert code.tensor_memory <= 512
 
 
-def assert_native(code: MachineCode, architecture: Architecture, tile: NativeTile) -> None:
+def assert_native(code: MachineCode, architecture: Architecture, tile: NativeTile, *, gathered: bool = False) -> None:
     assert code.count("UTMALDG")
     loop = code.main_loop()
     if architecture is TCGEN05:
         # 64 columns of k an instruction. Triton may have a second copy of the loop's body for the last turns.
         assert loop["UTCOMMA"] == tile.block_k // 64
-        copied = (tile.block_r + (tile.block_c if tile.block_c >= 128 else 0)) // 128
+        copied = (tile.block_r + (tile.block_c if tile.block_c >= 128 and not gathered else 0)) // 128
         assert loop["UTCCP"] % copied == 0 and loop["UTCCP"]
     else:
         assert loop["OMMA"] == tile.block_r * tile.block_c * tile.block_k // (16 * 8 * 64 * code.warps)
@@ -67,6 +67,15 @@ def test_no_epilogue_spills(
     architecture: Architecture, tile: NativeTile, epilogue: Epilogue, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     assert_fits(compiled(architecture, tile, "nvfp4", epilogue, architecture.capabilities[0], monkeypatch, tmp_path), architecture)
+
+
+@pytest.mark.parametrize(("architecture", "tile"), [(a, t) for a, t in TILES if t.swapped], ids=[n for n in NAMES if "rows" in n])
+def test_grouped_products(architecture: Architecture, tile: NativeTile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    launches = launches_of(native_grouped_product(architecture, tile, "nvfp4"), monkeypatch)
+    assert [launch.kernel.fn.__name__ for launch in launches] == ["native_grouped_mm_kernel"]
+    code = machine_code(launches[0].compile(architecture.capabilities[0]), tmp_path)
+    assert_fits(code, architecture)
+    assert_native(code, architecture, tile, gathered=True)
 
 
 @pytest.mark.parametrize(("architecture", "tile"), TILES, ids=NAMES)

@@ -5,32 +5,19 @@ It runs in the interpreter, whose scaled dot is Triton's own word for what the i
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
-import triton
 from torch import Tensor
 
 from fp4compile.codegen.formats import Layout, QuantConfig
 from fp4compile.codegen.kernels import launch_native
-from fp4compile.codegen.kernels.native_tiles import ARCHITECTURES, MMA_SYNC, TCGEN05, Architecture, NativeTile, Plan, architecture_of
+from fp4compile.codegen.kernels.native_tiles import MMA_SYNC, TCGEN05, Architecture, NativeTile, Plan
 from fp4compile.codegen.reference.block import dequantize_ref, quantize_ref
-from fp4compile.codegen.reference.layout import lay_out_ref
 from fp4compile.codegen.reference.matmul import scaled_mm_ref
 from tests.codegen.kernels.exact_products import Side, exact_side
 from tests.codegen.kernels.hard_inputs import first_differences
+from tests.codegen.kernels.native_devices import HERE, swizzled
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if INTERPRETED:
-    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9):
-        pytest.skip(f"the interpreter of Triton {triton.__version__} has no tl.dot_scaled; 3.9 has", allow_module_level=True)
-    HERE = ARCHITECTURES
-else:
-    found = architecture_of(10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1])
-    if found is None:
-        pytest.skip("no GPU with FP4 tensor cores (sm_100, sm_103, sm_120, sm_121)", allow_module_level=True)
-    HERE = (found,)
 TILES = [(architecture, tile) for architecture in HERE for tile in architecture.tiles]
 NAMES = [f"sm_{architecture.capabilities[0]}-{tile.name}" for architecture, tile in TILES]
 NARROW = [(architecture, architecture.named("16 rows")) for architecture in HERE]
@@ -41,15 +28,11 @@ def product(
     a: Side, b: Side, k: int, bias: Tensor | None = None, out_dtype: torch.dtype = torch.float32, *, layout: str = Layout.PLAIN,
     architecture: Architecture = HERE[0], tile: NativeTile | None = None, splits: int = 1,
 ) -> Tensor:  # fmt: skip
+    left, right = (a, b) if layout == Layout.PLAIN else (swizzled(a), swizzled(b))
     return launch_native.scaled_mm(
-        *laid_out(a, layout), *laid_out(b, layout), bias, k, out_dtype, a_layout=layout, b_layout=layout,
+        *left.arguments(), *right.arguments(), bias, k, out_dtype, a_layout=layout, b_layout=layout,
         capability=architecture.capabilities[0], chosen=None if tile is None else Plan(tile=tile, splits=splits),
     )  # fmt: skip
-
-
-def laid_out(side: Side, layout: str) -> tuple[Tensor, Tensor, Tensor | None]:
-    assert side.scales is not None
-    return *lay_out_ref(side.data, side.scales, layout), side.global_scale
 
 
 def quantized(x: Tensor, config: QuantConfig) -> Side:

@@ -12,7 +12,14 @@ import pytest
 HERE = Path(__file__).parent
 
 
-FILES = ["test_quantize_exact.py", "test_scaled_mm.py", "test_grouped.py", "test_flagged_mm.py", "test_native_mm.py"]
+FILES = [
+    "test_quantize_exact.py",
+    "test_scaled_mm.py",
+    "test_grouped.py",
+    "test_flagged_mm.py",
+    "test_native_mm.py",
+    "test_native_grouped.py",
+]
 
 
 @pytest.mark.parametrize("file", FILES)
