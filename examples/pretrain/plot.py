@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,12 @@ from tabulate import tabulate
 from fp4compile.report.chart import Line, Panel, chart_svg
 
 BASE = "bf16"
+MEASURES = (
+    ("SQNR of the operand", "dB", "sqnr_db", 1.0),
+    ("SQNR of the product", "dB", "product_db", 1.0),
+    ("underflow: nonzero to zero", "% of elements", "underflow", 100.0),
+    ("bias of the gain", "%", "gain_bias", 100.0),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +62,13 @@ class Run:
 
 
 def write_comparison(out: Path) -> str:
-    """Write OUT/curves.svg and OUT/table.md from the runs in OUT; returns the table."""
+    """Write OUT/curves.svg and OUT/table.md from the runs in OUT, and OUT/RUN/diagnosis.svg; returns the table."""
     logs = {path.parent.name for path in out.glob("*/log.jsonl") if path.stat().st_size}
     runs = [Run.read(out / name) for name in (*(n for n in RECIPES if n in logs), *sorted(logs - set(RECIPES)))]
     (out / "curves.svg").write_text(_curves(runs, out))
+    for run in runs:
+        if (out / run.name / "diagnosis").exists():
+            (out / run.name / "diagnosis.svg").write_text(_diagnoses(out / run.name / "diagnosis"))
     table = _table(runs)
     (out / "table.md").write_text(table + "\n")
     return table
@@ -113,6 +123,24 @@ def _curves(runs: Sequence[Run], out: Path) -> str:
     note = out / "settings.json"
     subtitle = [", ".join(f"{k} {v}" for k, v in json.loads(note.read_text()).items())] if note.exists() else []
     return chart_svg(panels, title="Pretraining", subtitle=subtitle)
+
+
+def _diagnoses(folder: Path) -> str:
+    """Medians over the matmuls, for each role and operand, over the steps that were diagnosed."""
+    found: dict[str, dict[int, list[dict[str, float]]]] = {}
+    for path in sorted(folder.glob("step_*.json")):
+        for row in json.loads(path.read_text())["rows"]:
+            by_step = found.setdefault(f"{row['role']} {row['operand']}", {})
+            by_step.setdefault(int(path.stem.removeprefix("step_")), []).append(row)
+    panels = []
+    for title, unit, field, scale in MEASURES:
+        lines = []
+        for kind, by_step in found.items():
+            values = {step: [row[field] for row in rows if row[field] is not None] for step, rows in by_step.items()}
+            points = tuple((float(step), scale * statistics.median(each)) for step, each in values.items() if each)
+            lines.append(Line(label=kind, points=points))
+        panels.append(Panel(title=title, x="step", y=unit, lines=tuple(lines)))
+    return chart_svg(panels, title=f"Quantization during training, {folder.parent.name}", subtitle=("medians over matmuls",))
 
 
 def main(argv: Sequence[str] | None = None) -> str:

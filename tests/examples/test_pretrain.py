@@ -72,6 +72,7 @@ def test_loss_goes_down_and_nvfp4_stays_close(text: Path, tmp_path: Path) -> Non
     assert (tmp_path / "curves.svg").read_text().count("<title>nvfp4_train</title>") == 3
     found = json.loads((tmp_path / "nvfp4_train" / "diagnosis" / "step_000040.json").read_text())
     assert {row["role"] for row in found["rows"]} == {"fprop", "dgrad", "wgrad"}
+    assert (tmp_path / "nvfp4_train" / "diagnosis.svg").read_text().count("<title>wgrad gradient</title>") == 4
 
 
 class Killed(BaseException):
