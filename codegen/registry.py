@@ -55,7 +55,8 @@ FAMILIES: Final = (
     KernelFamily(name="cpu", device_type="cpu", ops=_PRODUCTS, folder="cpu", ending=".cpp"),
     KernelFamily(
         name="triton weight-only", device_type="cuda", ops=("scaled_mm",), folder="kernels", ending=".py",
-        capabilities=range(80, 100), takes=_nvfp4_weight_only, b_layout=Layout.TILED,
+        capabilities=range(80, 100), takes=_nvfp4_weight_only, b_layout=Layout.TILED, search="fp4compile.codegen.kernels.search_decode",
+        relies_on=frozenset({Feature.CHAINED_DOTS}),
     ),
     KernelFamily(
         name="triton tcgen05", device_type="cuda", ops=_PRODUCTS, folder="kernels", ending=".py", capabilities=(100, 103),

@@ -58,12 +58,7 @@ def _target_row(target: Target) -> dict[str, str]:
     if target.device_type == "cpu":
         missing = launch.available()  # builds the kernels, once on a machine
         return _row("cpu", platform.machine(), "note" if missing else "ok", missing or "W4A16 and W4A4 run in C++ kernels")
-    how = (
-        "native FP4 instructions exist; the kernels of this version emulate them"
-        if target.has_fp4_mma
-        else "W4A16, and W4A4 emulated exactly in bf16"
-    )
-    return _row("gpu", target.name, "ok", how)
+    return _row("gpu", target.name, "ok", f"kernels of products: {', '.join(families_on(target))}")
 
 
 def _version_row(package: str) -> dict[str, str]:

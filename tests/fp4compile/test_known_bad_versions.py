@@ -86,3 +86,19 @@ def test_compiling_with_a_version_too_old_is_refused_before_the_graph_is_looked_
 def test_a_good_version_is_not_refused(versions, monkeypatch) -> None:
     """The same graph and family, one Triton later."""
     assert kernels_compiled_for(BLACKWELL, monkeypatch) == {"chained"}
+
+
+@pytest.mark.parametrize("triton", ["3.6.0", "3.7.1", "3.8.0", "3.9.0"])
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 103, 110, 120, 121])
+def test_no_kernel_of_ours_relies_on_what_a_supported_version_breaks(versions, triton, capability) -> None:
+    """A family that comes to rely on one is refused by `torch.compile`; then this test says which devices lose which version."""
+    versions["triton"] = triton
+    device = Target(name=f"sm_{capability}", device_type="cuda", capability=capability)
+    assert registry.families_on(device)
+    known_bad.check_versions(device, registry.relied_on(registry.families_on(device)), where="test")
+
+
+def test_doctor_names_the_kernels_of_a_gpu() -> None:
+    row = cli_doctor._target_row(BLACKWELL)
+    assert row["found"] == "sm_100" and "triton tcgen05" in row["note"] and "weight-only" not in row["note"]
+    assert "weight-only" in cli_doctor._target_row(HOPPER)["note"]
