@@ -23,6 +23,7 @@ from fp4compile.policy.load import load_policy
 from fp4compile.policy.rule import Policy
 from fp4compile.report.report import Report
 from fp4compile.report.trace import Trace
+from fp4compile.saved import count_saved
 from fp4compile.steps import CLOCK
 from fp4compile.tile_search import search_products, wants_search
 from fp4compile.weights import STORE
@@ -64,6 +65,7 @@ def fp4(
         inductor=dict(chosen.inductor),
         store=STORE,
         after_fold=after_fold,
+        on_backward=lambda graph: count_saved(graph, transform.parameters, record),
     )
     _RECORDS.append(record)
     if wants_search(chosen.mode):

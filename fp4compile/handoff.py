@@ -19,6 +19,7 @@ from fp4compile.weights import Reader, WeightFreed, WeightStore
 
 Transform = Callable[[fx.GraphModule], None]
 AfterFold = Callable[[Sequence[Any]], None]
+OnBackward = Callable[[fx.Graph], None]
 Runner = Callable[[fx.GraphModule], Callable[[list[Any]], Any]]
 
 
@@ -48,17 +49,20 @@ def compile_with_inductor(
     inductor: dict[str, Any],
     store: WeightStore,
     after_fold: AfterFold,
+    on_backward: OnBackward,
 ) -> Callable[..., Any]:
     """Compile a Dynamo graph: `transform` on the joint graph, folded weights out of it, Inductor for the rest.
 
-    `after_fold` gets, once, the parameters of a compiled graph that only its folded weights came from. Raises `WeightFreed` when the
-    graph needs a weight in high precision that `free_weights` released.
+    `after_fold` gets, once, the parameters of a compiled graph that only its folded weights came from, and `on_backward` the backward's
+    graph as torch split it off. Raises `WeightFreed` when the graph needs a weight in high precision that `free_weights` released.
     """
     freed = {i: x for i, x in enumerate(example_inputs) if isinstance(x, torch.nn.Parameter) and store.is_freed(x)}
     patches = {**list_mode_options(mode), **inductor}
     patches["joint_custom_pre_pass"] = JointPass(transform, fingerprint)
 
     def inner(inner_gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[[list[Any]], Any]:
+        if kwargs.get("is_backward"):
+            on_backward(inner_gm.graph)
         cuts = cut_constants(inner_gm)
         for node in inner_gm.graph.nodes:
             if node.op == "placeholder" and node.users and input_of(node) in freed:

@@ -56,7 +56,7 @@ def _rotated(operand: Operand, config: QuantConfig | None, node: fx.Node, signs:
         source = _with_signs(operand, signs, node)
         place, tag = source, _side(source)
     with node.graph.inserting_after(place):
-        value = call(node.graph, ops.HADAMARD, (source, operand.axis, config.hadamard), like=node, tag=tag)
+        value = call(node.graph, ops.HADAMARD, (source, operand.axis, config.hadamard), like=node, tag=tag, source=operand.source)
     return replace(operand, source=value), replace(config, hadamard=0, signs=Signs.FIXED)
 
 

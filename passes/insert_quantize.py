@@ -18,7 +18,7 @@ from fp4compile.codegen import ops
 from fp4compile.codegen.formats import QuantConfig, Rounding
 from fp4compile.passes.base import Pass, PassContext, PassResult
 from fp4compile.passes.insert import call, size_node
-from fp4compile.passes.site import Operand, Site, fake_of, plan_of, set_plan, set_site, site_of
+from fp4compile.passes.site import CodesOf, Operand, Site, fake_of, plan_of, set_codes_of, set_plan, set_site, site_of
 
 aten = torch.ops.aten
 
@@ -37,6 +37,7 @@ class InsertQuantize(Pass):
         return PassResult(changed=len(planned), notes=places.notes())
 
 
+_VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.permute.default, aten.alias.default, aten.clone.default}
 _DONE = {ops.SCALED_MM, ops.SCALED_GROUPED_MM}
 
 
@@ -55,7 +56,7 @@ class _Places:
 
     def _draw(self, drawing: list[fx.Node]) -> fx.Node:
         # Drawn in the backward when only gradients are rounded: the forward then has nothing to save for it.
-        tags = {n.meta.get("partitioner_tag") for n in drawing}
+        tags = {operand.source.meta.get("partitioner_tag") for n in drawing for operand in _drawing_operands(n)}
         tag = tags.pop() if len(tags) == 1 else "is_forward"
         kwargs = {"dtype": torch.int64, "device": fake_of(drawing[0]).device, "pin_memory": False}
         with self.graph.inserting_after(self.last_input), fake_of(drawing[0]).fake_mode:
@@ -92,6 +93,13 @@ def _configs(node: fx.Node) -> tuple[QuantConfig | None, QuantConfig | None]:
     return plan.lhs, plan.rhs
 
 
+def _drawing_operands(node: fx.Node) -> list[Operand]:
+    site = site_of(node)
+    assert site is not None
+    pairs = zip((site.lhs, site.rhs), _configs(node), strict=True)
+    return [operand for operand, config in pairs if operand is not None and _is_stochastic(config)]
+
+
 def _rewrite(node: fx.Node, places: _Places) -> None:
     site, plan = site_of(node), plan_of(node)
     assert site is not None and plan is not None and site.lhs is not None and site.rhs is not None
@@ -125,13 +133,26 @@ def _quantized(node: fx.Node, operand: Operand, config: QuantConfig | None, plac
     place = places.after(operand.source)
     with graph.inserting_after(place):
         seed = places.seed(node, tag) if _is_stochastic(config) else None
+    args = (operand.source, operand.axis, *ops.quantize_args(config), seed)
     with graph.inserting_after(seed or place):
-        packed = call(graph, ops.QUANTIZE, (operand.source, operand.axis, *ops.quantize_args(config), seed), like=node, tag=tag)
+        packed = call(graph, ops.QUANTIZE, args, like=node, tag=tag, source=operand.source)
     parts: list[fx.Node] = []
     for index in range(3):
         with graph.inserting_after(parts[-1] if parts else packed):
-            parts.append(call(graph, operator.getitem, (packed, index), like=node, tag=tag))
+            parts.append(call(graph, operator.getitem, (packed, index), like=node, tag=tag, source=operand.source))
+        set_codes_of(parts[-1], _in_place_of(operand.source))
     return tuple(parts)
+
+
+def _in_place_of(source: fx.Node) -> CodesOf:
+    """What a backward that keeps the codes need not keep."""
+    source = source.args[0] if source.target is ops.HADAMARD else source  # type: ignore[assignment]
+    same, node = {source.name}, source
+    while node.target in _VIEWS:
+        node = node.args[0]  # type: ignore[assignment]
+        same.add(node.name)
+    value = fake_of(source)
+    return CodesOf(source=source.name, values=frozenset(same), size=value.numel() * value.element_size())
 
 
 def _high(node: fx.Node, operand: Operand) -> tuple[fx.Node, None, None]:

@@ -47,4 +47,7 @@ class GraphRecord:
     passes: list[PassRecord] = field(default_factory=list)
     shared: int = 0  # quantize nodes removed because another one computes the same value
     freed_bytes: int = 0
+    saved_bytes: int = 0  # what the forward keeps for the backward, parameters left out; at the sizes that were compiled for
+    saved_code_bytes: int = 0  # of it codes, scales and global scales
+    saved_bytes_without: int = 0  # the same if it kept in high precision what is kept as codes
     dump: str = ""  # folder of this graph's dump, if one was asked for

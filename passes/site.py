@@ -16,6 +16,7 @@ EMPTY: Final = "a dimension is zero"
 NO_DEPTH: Final = -1
 
 _SITE, _PLAN, _INPUT, _BUFFER, _CONSTANT, _KERNEL = "fp4_site", "fp4_plan", "fp4_input", "fp4_buffer", "fp4_constant", "fp4_kernel"
+_CODES = "fp4_codes"
 
 
 class Role(StrEnum):
@@ -119,6 +120,15 @@ class Constant:
     parameters: tuple[int, ...]  # positions among the graph's flat inputs
 
 
+@dataclass(frozen=True, kw_only=True)
+class CodesOf:
+    """Marks a result of a quantize node. `values` names the nodes that hold the same values in high precision, `source` one of them."""
+
+    source: str
+    values: frozenset[str]
+    size: Size  # bytes of the source
+
+
 def site_of(node: fx.Node) -> Site | None:
     return node.meta.get(_SITE)
 
@@ -143,6 +153,14 @@ def constant_of(node: fx.Node) -> Constant | None:
 
 def kernel_of(node: fx.Node) -> str | None:
     return node.meta.get(_KERNEL)
+
+
+def codes_of(node: fx.Node) -> CodesOf | None:
+    return node.meta.get(_CODES)
+
+
+def set_codes_of(node: fx.Node, codes: CodesOf) -> None:
+    node.meta[_CODES] = codes
 
 
 def set_site(node: fx.Node, site: Site) -> None:

@@ -45,7 +45,7 @@ def header_lines(graph: GraphRecord, *, stable: bool = False) -> list[str]:
     cover = coverage_of([graph])
     counts = f"{cover.sites} matmuls: {cover.quantized} quantized, {cover.kept} kept, {cover.fallen_back} fell back"
     lines.append(counts + _shares(cover.flops_share, cover.weight_share))
-    lines += [line for line in (_savings(graph), "" if stable else _time(graph)) if line]
+    lines += [line for line in (_savings(graph), _saved(graph), "" if stable else _time(graph)) if line]
     lines += _causes("kept", graph, lambda row: not is_quantized(row) and not row.fallback)
     lines += _causes("fell back", graph, lambda row: row.fallback)
     return [*lines, f"dump in {graph.dump}"] if graph.dump and not stable else lines
@@ -62,6 +62,14 @@ def _savings(graph: GraphRecord) -> str:
     if graph.shared:
         parts.append(f"{graph.shared} quantizations shared")
     return ", ".join(parts)
+
+
+def _saved(graph: GraphRecord) -> str:
+    if not graph.saved_code_bytes:
+        return f"saved for backward: {byte_text(graph.saved_bytes)}" if graph.saved_bytes else ""
+    instead = graph.saved_bytes_without - graph.saved_bytes + graph.saved_code_bytes
+    codes = f"{byte_text(graph.saved_code_bytes)} of it codes in place of {byte_text(instead)}"
+    return f"saved for backward: {byte_text(graph.saved_bytes)}, {codes} (without them {byte_text(graph.saved_bytes_without)})"
 
 
 def _time(graph: GraphRecord) -> str:
