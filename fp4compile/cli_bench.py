@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-_WHAT = ("matmul", "quantize", "layer", "all")
+_WHAT = ("matmul", "grouped", "quantize", "layer", "all")
 _ENDS = """Results go to FOLDER/bench.json case by case, with bench.md and speed.svg; the same command continues a run that was stopped.
 Exit code 1: something is wrong, or did not run. It is named, and nothing wrong is timed."""
 
@@ -16,7 +16,8 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("bench", help="verify kernels and layers, then time them beside bf16, int4 and others", epilog=_ENDS)
     parser.add_argument("what", nargs="?", choices=_WHAT, default="all", help="default: %(default)s")
     parser.add_argument("--shapes", type=_shapes, metavar="NxK,...", help="weights of products, tensors to quantize")
-    parser.add_argument("--rows", type=_numbers, metavar="M,...", help="rows of x in products")
+    parser.add_argument("--rows", type=_numbers, metavar="M,...", help="rows of x in products, of all groups together")
+    parser.add_argument("--groups", type=int, metavar="G", help="weights of grouped products, as experts")
     parser.add_argument("--format", action="append", choices=["nvfp4", "mxfp4"], help="may be repeated")
     parser.add_argument("--activation", action="append", choices=["bf16", "fp4"], help="W4A16, W4A4; may be repeated (default: both)")
     parser.add_argument("--peers", type=_peers, metavar="NAME,...", help="compiled bf16, int4, gemlite, torchao (default: all), or none")

@@ -14,18 +14,34 @@ Shape = tuple[int, int]  # N x K of a weight, rows x columns of a tensor to quan
 
 @dataclass(frozen=True, kw_only=True)
 class MatmulCase:
-    """x (m, k) bfloat16 times a `format` weight (n, k) transposed; with activation "fp4" x is quantized first, which counts."""
+    """x (m, k) bfloat16 times a `format` weight (n, k) transposed; with activation "fp4" x is quantized first, which counts.
 
-    kind: ClassVar[str] = "matmul"
+    With `groups` there are so many weights, and the rows of x are split among them unevenly, as tokens among experts.
+    """
+
     n: int
     k: int
     m: int
     format: str = "nvfp4"
     activation: str = "bf16"
+    groups: int = 0
+
+    @property
+    def kind(self) -> str:
+        return "grouped" if self.groups else "matmul"
 
     @property
     def key(self) -> str:
-        return f"matmul {self.n}x{self.k} m={self.m} {self.scheme}"
+        return f"{self.kind} {self.weight} m={self.m} {self.scheme}".replace(" x ", "x")
+
+    @property
+    def weight(self) -> str:
+        return f"{self.groups} of {self.n} x {self.k}" if self.groups else f"{self.n} x {self.k}"
+
+    @property
+    def values(self) -> int:
+        """Of all weights."""
+        return self.n * self.k * max(self.groups, 1)
 
     @property
     def scheme(self) -> str:
@@ -96,7 +112,7 @@ class LayerCase:
 
     @property
     def key(self) -> str:
-        return f"layer {self.model} {self.phase} {self.policy} {self.mode}"
+        return f"layer {self.model} x{self.layers} {self.phase} {self.tokens} after {self.context} {self.policy} {self.mode}"
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -123,9 +139,11 @@ _QUANTIZATIONS: Final[tuple[tuple[int | None, dict[str, Any], dict[str, Any]], .
 )
 
 
-def matmul_cases(shapes: Sequence[Shape], rows: Sequence[int], formats: Sequence[str], activations: Sequence[str]) -> list[MatmulCase]:
+def matmul_cases(
+    shapes: Sequence[Shape], rows: Sequence[int], formats: Sequence[str], activations: Sequence[str], groups: int = 0
+) -> list[MatmulCase]:
     return [
-        MatmulCase(n=n, k=k, m=m, format=format, activation=activation)
+        MatmulCase(n=n, k=k, m=m, format=format, activation=activation, groups=groups)
         for n, k in shapes
         for format in formats
         for activation in activations

@@ -19,7 +19,7 @@ from fp4compile.options import code_fingerprint
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:
-    """Two measurements belong into one table when these are equal. `sources` is a hash of passes and codegen."""
+    """Two measurements belong into one table when these are equal. `sources` is a hash of the files of passes and codegen."""
 
     device: str
     target: str
@@ -31,9 +31,10 @@ class Environment:
     python: str
     fp4compile: str
     sources: str
+    rounds: int  # of turns, fewer in a smoke run
 
     @classmethod
-    def here(cls, device: torch.device) -> Environment:
+    def here(cls, device: torch.device, *, rounds: int) -> Environment:
         on_gpu = device.type == "cuda"
         return cls(
             device=torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
@@ -46,6 +47,7 @@ class Environment:
             python=platform.python_version(),
             fp4compile=fp4compile.__version__,
             sources=code_fingerprint()[:12],
+            rounds=rounds,
         )
 
     def as_json(self) -> dict[str, str | int]:

@@ -40,8 +40,12 @@ def measure_speeds(device: torch.device, effort: Effort, *, small: bool) -> Spee
 
 
 def matmul_floor(case: MatmulCase, speeds: Speeds, target: Target) -> tuple[float, str]:
-    """Microseconds, and what they are spent on. FP4 instructions are faster than the bfloat16 rate: where they exist, bytes count alone."""
-    weight = case.n * case.k * FORMATS[case.format].bits_per_value / 8
+    """Microseconds, and what they are spent on.
+
+    Of several weights only those that get rows are read. FP4 instructions are faster than the bfloat16 rate: where they exist, bytes count
+    alone.
+    """
+    weight = case.n * case.k * FORMATS[case.format].bits_per_value / 8 * (min(case.groups, case.m) if case.groups else 1)
     by_bytes = (weight + 2 * case.m * (case.n + case.k)) / speeds.copy
     by_operations = 2 * case.m * case.n * case.k / speeds.matmul
     if case.activation == "fp4" and target.has_fp4_mma:

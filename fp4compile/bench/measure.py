@@ -10,7 +10,7 @@ import torch
 
 from fp4compile.bench.case import MatmulCase, QuantizeCase
 from fp4compile.bench.floor import Speeds, matmul_floor, quantize_floor
-from fp4compile.bench.ours import Product, activation, dense_weight, quantize_call, seed_on
+from fp4compile.bench.ours import Product, activation, dense_weight, dense_weights, quantize_call, seed_on
 from fp4compile.bench.peers import PEERS, Peer, describe, failures, noting_failure
 from fp4compile.bench.results import OURS, Row
 from fp4compile.bench.verify import Verdict, verify_product, verify_quantize
@@ -34,10 +34,10 @@ class Bench:
     @torch.no_grad()
     def matmul(self, case: MatmulCase) -> Row:
         target = target_of(self.device, where="bench")
-        product = Product.of(case, target)
+        product = Product.of(case, target, self.device)
         x = activation(case.m, case.k, self.device)
         row = partial(Row, kind=case.kind, key=case.key, case=case.as_json(), notes={"kernel": product.kernel})
-        verdict = _checked(lambda: verify_product(product, x, dense_weight(case.n, case.k, self.device, 0)))
+        verdict = _checked(lambda: verify_product(product, x, dense_weights(case, self.device, 0)))
         if verdict.wrong:
             return row(wrong=verdict.wrong, errors=verdict.errors)
         contenders: dict[str, Timed] = {}
@@ -56,8 +56,8 @@ class Bench:
 
     def _our_calls(self, product: Product, x: torch.Tensor) -> list[Call]:
         case = product.case
-        copies = copies_for(int(case.n * case.k * FORMATS[case.format].bits_per_value / 8), self.device)
-        weights = [product.weight(dense_weight(case.n, case.k, self.device, i)) for i in range(copies)]
+        copies = copies_for(int(case.values * FORMATS[case.format].bits_per_value / 8), self.device)
+        weights = [product.weight(dense_weights(case, self.device, i)) for i in range(copies)]
         return [partial(product.call, x, weight) for weight in weights]
 
     @torch.no_grad()

@@ -30,17 +30,18 @@ class Product:
     kernel: str
     a_layout: Layout
     b_layout: Layout
+    offs: Tensor | None  # (groups,) int32, where the rows of each weight end
 
     @classmethod
-    def of(cls, case: MatmulCase, target: Target) -> Product:
-        config = QuantConfig(format=case.format)
-        spec = KernelSpec(op="scaled_mm", lhs=config if case.activation == "fp4" else None, rhs=config, dtype=torch.bfloat16)
+    def of(cls, case: MatmulCase, target: Target, device: torch.device) -> Product:
+        config, op = QuantConfig(format=case.format), "scaled_grouped_mm" if case.groups else "scaled_mm"
+        spec = KernelSpec(op=op, lhs=config if case.activation == "fp4" else None, rhs=config, dtype=torch.bfloat16)
         a_layout, b_layout = layouts_for(spec, target)
         kernel = kernel_for(spec, target)
         name = kernel if isinstance(kernel, str) else kernel.reason
         return cls(
             case=case, kernel=name, a_layout=a_layout if _a_may_have(case, a_layout) else Layout.PLAIN,
-            b_layout=b_layout if _b_may_have(case, b_layout) else Layout.PLAIN,
+            b_layout=b_layout if _b_may_have(case, b_layout) else Layout.PLAIN, offs=offsets(case, device) if case.groups else None,
         )  # fmt: skip
 
     def quantize(self, x: Tensor, layout: str = Layout.PLAIN) -> Quantized:
@@ -48,7 +49,7 @@ class Product:
         return ops.QUANTIZE(x, -1, *ops.quantize_args(QuantConfig(format=self.case.format)), None, **kwargs)
 
     def weight(self, dense: Tensor) -> Quantized:
-        """`dense` (n, k) as the weight store keeps it."""
+        """`dense` (n, k), or (groups, n, k), as the weight store keeps it."""
         return self.quantize(dense, self.b_layout)
 
     def left(self, x: Tensor) -> Side:
@@ -59,7 +60,13 @@ class Product:
         """(m, n) in `out_dtype`."""
         layouts: dict[str, Any] = {"a_layout": self.a_layout, "b_layout": self.b_layout}
         layouts = {name: str(layout) for name, layout in layouts.items() if layout != Layout.PLAIN}
+        if self.offs is not None:
+            return ops.SCALED_GROUPED_MM(*left, *weight, self.offs, self.case.k, out_dtype, **layouts)
         return ops.SCALED_MM(*left, *weight, None, self.case.k, out_dtype, **layouts)
+
+    def group_of_rows(self, rows: Tensor) -> Tensor:
+        """Which weight each of `rows` of x meets."""
+        return torch.zeros_like(rows) if self.offs is None else torch.searchsorted(self.offs.long(), rows, right=True)
 
     def call(self, x: Tensor, weight: Quantized) -> Tensor:
         """What is timed."""
@@ -82,6 +89,20 @@ def dense_weight(n: int, k: int, device: torch.device, copy: int) -> Tensor:
     """(n, k) bfloat16, another one for every `copy`."""
     generator = torch.Generator(device).manual_seed(copy)
     return (torch.randn(n, k, device=device, generator=generator) * 0.02).bfloat16()
+
+
+def dense_weights(case: MatmulCase, device: torch.device, copy: int) -> Tensor:
+    """(n, k) bfloat16, or (groups, n, k)."""
+    stacked = dense_weight(max(case.groups, 1) * case.n, case.k, device, copy)
+    return stacked.view(case.groups, case.n, case.k) if case.groups else stacked
+
+
+def offsets(case: MatmulCase, device: torch.device) -> Tensor:
+    """(groups,) int32: where the rows of x that go to each weight end. Uneven; a weight may get none."""
+    generator = torch.Generator().manual_seed(case.groups)
+    chance = torch.rand(case.groups, generator=generator) + 0.1
+    chosen = torch.multinomial(chance, case.m, replacement=True, generator=generator)
+    return torch.bincount(chosen, minlength=case.groups).cumsum(0).to(device, torch.int32)
 
 
 def activation(m: int, k: int, device: torch.device) -> Tensor:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fp4compile.bench.case import MatmulCase
-from fp4compile.bench.ours import activation, dense_weight
+from fp4compile.bench.ours import activation, dense_weight, dense_weights, offsets
 from fp4compile.codegen.errors import Fp4CompileError
 from fp4compile.codegen.timing import Call, copies_for
 
@@ -39,17 +39,20 @@ class PeerCannot(Fp4CompileError):
 
 @dataclass(frozen=True, kw_only=True)
 class Peer:
-    """`prepare(case, weights)` gives a function of x for each dense weight (n, k) bfloat16."""
+    """`prepare(case, weights)` gives a function of x for each dense weight (n, k) bfloat16; (groups, n, k) where it `does_groups`."""
 
     name: str
     prepare: Callable[[MatmulCase, Sequence[Tensor]], list[Callable[[Tensor], Any]]]
     bits: float  # of a stored weight value
     package: str = ""  # tried in a process of its own
+    does_groups: bool = False
 
     def calls(self, case: MatmulCase, x: Tensor) -> list[Call]:
         """A call for each copy of the weight. Raises what the peer raises."""
-        copies = copies_for(int(case.n * case.k * self.bits / 8), x.device)
-        weights = [dense_weight(case.n, case.k, x.device, i) for i in range(copies)]
+        if case.groups and not self.does_groups:
+            raise PeerCannot(reason="grouped products are not compared")
+        copies = copies_for(int(case.values * self.bits / 8), x.device)
+        weights = [dense_weights(case, x.device, i) for i in range(copies)]
         return [partial(product, x) for product in self.prepare(case, weights)]
 
 
@@ -77,7 +80,10 @@ def describe(failure: BaseException) -> str:
 
 
 def _bf16(case: MatmulCase, weights: Sequence[Tensor]) -> list[Callable[[Tensor], Any]]:
-    return [partial(F.linear, weight=w) for w in weights]
+    if not case.groups:
+        return [partial(F.linear, weight=w) for w in weights]
+    offs = offsets(case, weights[0].device)
+    return [partial(torch._grouped_mm, mat2=w.mT, offs=offs) for w in weights]
 
 
 def _compiled_bf16(case: MatmulCase, weights: Sequence[Tensor]) -> list[Callable[[Tensor], Any]]:
@@ -139,7 +145,7 @@ BASELINE: Final = "bf16"
 PEERS: Final = {
     peer.name: peer
     for peer in (
-        Peer(name=BASELINE, prepare=_bf16, bits=16),
+        Peer(name=BASELINE, prepare=_bf16, bits=16, does_groups=True),
         Peer(name="compiled bf16", prepare=_compiled_bf16, bits=16),
         Peer(name="int4", prepare=_int4, bits=4.25),
         Peer(name="gemlite", prepare=_gemlite, bits=4.5, package="gemlite"),
@@ -150,7 +156,7 @@ PEERS: Final = {
 
 def probe(peer: Peer, case: MatmulCase, device: torch.device) -> str:
     """Empty, or why `peer` does not run `case`: tried once, in another process where its package is foreign."""
-    if not peer.package:
+    if not peer.package or (case.groups and not peer.does_groups):
         return ""
     if importlib.util.find_spec(peer.package) is None:
         return "not installed"

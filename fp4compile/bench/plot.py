@@ -73,10 +73,10 @@ def _panels(rows: Iterable[Row]) -> dict[tuple[str, str], dict[str, Points]]:
     panels: dict[tuple[str, str], dict[str, Points]] = {}
     for row in rows:
         base = row.times.get(BASELINE)
-        if row.kind != MatmulCase.kind or not base:
+        if row.kind not in ("matmul", "grouped") or not base:
             continue
         case = MatmulCase(**row.case)
-        lines = panels.setdefault((case.scheme, f"{case.n} x {case.k}"), {})
+        lines = panels.setdefault((case.scheme, case.weight), {})
         for name, time in {**row.times, **({FLOOR: row.floor} if row.floor else {})}.items():
             lines.setdefault(name, []).append((case.m, base / time))
     for lines in panels.values():

@@ -32,6 +32,9 @@ class Defaults:
     products: tuple[Shape, ...]
     tensors: tuple[Shape, ...]
     rows: tuple[int, ...]
+    experts: tuple[Shape, ...]
+    tokens: tuple[int, ...]
+    groups: int
     model: str
     prefill: int
     context: int
@@ -41,16 +44,22 @@ class Defaults:
 _DEFAULTS: Final = {
     ("cuda", False): Defaults(
         products=((28672, 8192), (14336, 4096), (4096, 4096)), tensors=((8192, 8192), (4096, 4096)),
-        rows=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 4096), model="8b", prefill=2048, context=1024,
+        rows=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 4096), experts=((14336, 4096),), tokens=(8, 64, 512, 4096),
+        groups=8, model="8b", prefill=2048, context=1024,
     ),
     ("cuda", True): Defaults(
-        products=((4096, 4096),), tensors=((4096, 4096),), rows=(1, 16, 256), model="1b", prefill=512, context=256,
+        products=((4096, 4096),), tensors=((4096, 4096),), rows=(1, 16, 256), experts=((4096, 1024),), tokens=(64,), groups=8,
+        model="1b", prefill=512, context=256,
     ),
     ("cpu", False): Defaults(
-        products=((1536, 576), (576, 1536), (4096, 4096)), tensors=((2048, 1024),), rows=(1, 8, 64, 512), model="135m", prefill=256,
-        context=256, layers=4,
+        products=((1536, 576), (576, 1536), (4096, 4096)), tensors=((2048, 1024),), rows=(1, 8, 64, 512),
+        experts=((576, 512),), tokens=(64,), groups=8,
+        model="135m", prefill=256, context=256, layers=4,
     ),
-    ("cpu", True): Defaults(products=((192, 256),), tensors=((128, 256),), rows=(1, 8), model="tiny", prefill=16, context=16),
+    ("cpu", True): Defaults(
+        products=((192, 256),), tensors=((128, 256),), rows=(1, 8), experts=((64, 128),), tokens=(9,), groups=4, model="tiny", prefill=16,
+        context=16,
+    ),
 }  # fmt: skip
 
 
@@ -72,8 +81,12 @@ class Request:
         cases: list[Case] = []
         if args.what in ("all", "quantize"):
             cases += quantize_cases(args.shapes or given.tensors, tuple(args.format or FORMATS))
+        activations = tuple(args.activation or ACTIVATIONS)
         if args.what in ("all", "matmul"):
-            cases += matmul_cases(args.shapes or given.products, args.rows or given.rows, formats, tuple(args.activation or ACTIVATIONS))
+            cases += matmul_cases(args.shapes or given.products, args.rows or given.rows, formats, activations)
+        if args.what in ("all", "grouped"):
+            shapes, groups = args.shapes or given.experts, args.groups or given.groups
+            cases += matmul_cases(shapes, args.rows or given.tokens, formats, activations, groups)
         if args.what in ("all", "layer"):
             model, layers = args.model or given.model, args.layers or given.layers
             cases += layer_cases(model, tuple(POLICIES), MODES, given.prefill, given.context, layers)
@@ -84,11 +97,12 @@ class Request:
 def run(request: Request, folder: Path | None) -> Results:
     """Measure what `folder` does not hold yet, keeping each case as it comes. Raises `OtherEnvironment` or `UnreadableResults`."""
     device = request.device
-    results = Results.open(folder, Environment.here(device), started=now(), clocks=clocks(device))
+    environment = Environment.here(device, rounds=request.effort.rounds)
+    results = Results.open(folder, environment, started=now(), clocks=clocks(device))
     if results.speeds is None:
         results.speeds = measure_speeds(device, request.effort, small=request.quick)
         results.save()
-    open_cases = [case for case in request.cases if case.key not in results.rows]
+    open_cases = [case for case in request.cases if not _is_done(case, request, results)]
     with tqdm(total=len(open_cases), unit="case", disable=None) as bar:
         for case in open_cases:
             bar.set_description(case.key)
@@ -99,12 +113,20 @@ def run(request: Request, folder: Path | None) -> Results:
     return results
 
 
+def _is_done(case: Case, request: Request, results: Results) -> bool:
+    """A row counts as long as it has a time or a reason for everyone who is asked for now."""
+    row = results.rows.get(case.key)
+    if row is None or row.wrong or not isinstance(case, MatmulCase):
+        return row is not None
+    return {*request.peers} <= {*row.times, *row.failed}
+
+
 def _measure(case: Case, request: Request, results: Results) -> Row:
     assert results.speeds is not None
 
     def remembered_probe(peer: Peer, case: MatmulCase) -> str:
         few = "1 row" if case.m == 1 else "up to 64 rows" if case.m <= 64 else "many rows"  # other kernels, so other failures
-        tried = f"{peer.name}, {case.scheme}, {few}"
+        tried = f"{peer.name}, {case.kind}, {case.scheme}, {few}"
         if tried not in results.probes:
             results.probes[tried] = probe(peer, case, request.device)
             results.save()

@@ -24,7 +24,7 @@ def as_text(results: Results, style: str = "simple") -> str:
 
 
 def _table(kind: str, rows: Sequence[Row], style: str) -> str:
-    make = {"matmul": _matmul_table, "quantize": _quantize_table, "layer": _layer_table}[kind]
+    make = {"matmul": _matmul_table, "grouped": _matmul_table, "quantize": _quantize_table, "layer": _layer_table}[kind]
     lines, headers = make(rows)
     text = tabulate(lines, headers=headers, tablefmt=style, disable_numparse=True, colalign=["left", *["right"] * (len(headers) - 1)])
     return f"{_TITLES[kind]}\n\n{text}"
@@ -32,6 +32,7 @@ def _table(kind: str, rows: Sequence[Row], style: str) -> str:
 
 _TITLES: Final = {
     "matmul": "Products, microseconds: ours, how many times as fast as bf16 and as the best other, share of the floor reached, the others",
+    "grouped": "Grouped products, as the first table; M rows in all, split unevenly; bf16 is torch._grouped_mm",
     "quantize": "Quantize of bfloat16, microseconds, and the share of the copy bandwidth reached on the bytes that must move",
     "layer": "Decoder layers through torch.compile, microseconds a call, against bf16 in the same mode",
 }
@@ -45,7 +46,7 @@ def _matmul_table(rows: Sequence[Row]) -> tuple[list[list[str]], list[str]]:
         others = [time for name, time in row.times.items() if name != OURS]
         error = f"{row.errors['float32']:.1e}" if "float32" in row.errors else _NOTHING
         lines.append([
-            f"{case.n} x {case.k}", case.scheme, str(case.m), "WRONG" if row.wrong else _time(ours), _times(row.times.get(BASELINE), ours),
+            case.weight, case.scheme, str(case.m), "WRONG" if row.wrong else _time(ours), _times(row.times.get(BASELINE), ours),
             _times(min(others, default=None), ours), _share(row.floor, ours),
             *(_time(row.times.get(peer)) for peer in peers), _time(row.floor or None), error,
         ])  # fmt: skip

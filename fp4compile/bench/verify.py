@@ -52,7 +52,7 @@ def verify_quantize(case: QuantizeCase, device: torch.device) -> Verdict:
 
 @torch.no_grad()
 def verify_product(product: Product, x: Tensor, dense: Tensor) -> Verdict:
-    """Runs on the weight `dense` (n, k), compared on some rows of x (m, k).
+    """Runs on the weight `dense` (n, k), or (groups, n, k), compared on some rows of x (m, k).
 
     In bfloat16 the global scales are left out, for the dense product rounds before they could be applied, and another number is rounded
     with another error.
@@ -64,9 +64,9 @@ def verify_product(product: Product, x: Tensor, dense: Tensor) -> Verdict:
     if not torch.equal(half.view(torch.int16), again.view(torch.int16)):
         return Verdict(wrong="two runs differ", errors={})
     errors = _Errors()
-    for columns, truth, by, rounded in _truth(product, x, dense, chosen):
-        errors.add("float32", full[chosen][:, columns].double() - truth * by, truth * by)
-        errors.add("bfloat16", half[chosen][:, columns].double() - truth, truth)
+    for rows, columns, truth, by, rounded in _truth(product, x, dense, chosen):
+        errors.add("float32", full[rows][:, columns].double() - truth * by, truth * by)
+        errors.add("bfloat16", half[rows][:, columns].double() - truth, truth)
         errors.add("dense bfloat16", rounded.double() - truth, truth)
     found = errors.ratios()
     return Verdict(wrong=_what_is_wrong(found), errors=found)
@@ -81,21 +81,27 @@ def _what_is_wrong(errors: dict[str, float]) -> str:
     return ""
 
 
-def _truth(product: Product, x: Tensor, dense: Tensor, chosen: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """(columns, float64 sums of exact products, what global scales multiply them by, a dense bfloat16 product) for parts of the output.
+Part = tuple[Tensor, slice, Tensor, Tensor, Tensor]
 
-    In parts to save memory. Decoded without their global scales both operands are exact in bfloat16.
+
+def _truth(product: Product, x: Tensor, dense: Tensor, chosen: Tensor) -> Iterator[Part]:
+    """(rows, columns, float64 sums of exact products, what global scales multiply them by, a dense bfloat16 product).
+
+    Of parts of the output, to save memory. Decoded without their global scales both operands are exact in bfloat16.
     """
-    left, scale = x, torch.ones((), device=x.device)
+    left, scale, k = x, torch.ones((), device=x.device), product.case.k
     if product.case.activation == "fp4":
-        left, scale = _decoded(product.quantize(x), product.case.k)
-    left = left[chosen]
-    codes, scales, b_scale = product.quantize(dense)
-    by = (scale * b_scale).double()
-    for start in range(0, len(dense), _ROWS_OF_W):
-        columns = slice(start, min(start + _ROWS_OF_W, len(dense)))
-        right, _ = _decoded((codes[columns], scales[columns], b_scale), product.case.k)
-        yield columns, left.double() @ right.double().mT, by, F.linear(left.bfloat16(), right.bfloat16())
+        left, scale = _decoded(product.quantize(x), k)
+    weights = [t if product.case.groups else t[None] for t in product.quantize(dense)]
+    group_of = product.group_of_rows(chosen)
+    for group in group_of.unique().tolist():
+        rows = chosen[group_of == group]
+        codes, scales, b_scale = (t[group] for t in weights)
+        for start in range(0, len(codes), _ROWS_OF_W):
+            columns = slice(start, min(start + _ROWS_OF_W, len(codes)))
+            right, _ = _decoded((codes[columns], scales[columns], b_scale), k)
+            truth = left[rows].double() @ right.double().mT
+            yield rows, columns, truth, (scale * b_scale).double(), F.linear(left[rows].bfloat16(), right.bfloat16())
 
 
 def _decoded(quantized: Quantized, k: int) -> tuple[Tensor, Tensor]:

@@ -76,7 +76,36 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(folder, monkeypatch, capsys
     assert run(folder) == 0 and len(measured) == 2
 
 
-@pytest.mark.parametrize(("field", "value"), [("torch", "2.9.1"), ("device", "NVIDIA B200"), ("sources", "0123")])
+def test_a_peer_that_is_asked_for_later_is_measured_then(folder) -> None:
+    assert run(folder) == 0
+    before = {row["case"]["m"]: row["times"]["ours"] for row in stored(folder)["rows"]}
+    assert main([*SMALL[:-4], "--activation", "bf16", "--rows", "1", "--peers", "int4", "--out", str(folder)]) == 0
+    rows = {row["case"]["m"]: row for row in stored(folder)["rows"]}
+    assert "int4" in rows[1]["failed"] and rows[3]["failed"] == {} and rows[3]["times"]["ours"] == before[3]
+
+
+def test_grouped_products_have_a_table_of_their_own(folder, capsys) -> None:
+    what = [
+        "bench",
+        "grouped",
+        "--device",
+        "cpu",
+        "--quick",
+        "--shapes",
+        "32x64",
+        "--groups",
+        "3",
+        "--peers",
+        "none",
+        "--activation",
+        "bf16",
+    ]
+    assert run(folder, what=what) == 0
+    assert [row["kind"] for row in stored(folder)["rows"]] == ["grouped"] * 2
+    assert "3 of 32 x 64" in capsys.readouterr().out and "3 of 32 x 64, nvfp4 W4A16" in (folder / "speed.svg").read_text()
+
+
+@pytest.mark.parametrize(("field", "value"), [("torch", "2.9.1"), ("device", "NVIDIA B200"), ("sources", "0123"), ("rounds", "15")])
 def test_a_folder_of_another_machine_or_version_is_refused_by_name(folder, capsys, field, value) -> None:
     assert run(folder) == 0
     found = stored(folder)

@@ -23,6 +23,12 @@ def test_floor_of_a_product_in_bytes_is_weight_input_and_output() -> None:
     assert matmul_floor(mx, SPEEDS, HOPPER)[0] == pytest.approx((64 * 32 * 4.25 / 8 + 2 * 2 * (64 + 32)) / 1000.0)
 
 
+def test_of_several_weights_those_without_rows_are_not_read() -> None:
+    one, few, many = (matmul_floor(MatmulCase(n=64, k=32, m=m, groups=8), SPEEDS, HOPPER)[0] for m in (1, 3, 100))
+    io = 2 * (64 + 32) / 1000.0
+    assert [one - io, few - 3 * io, many - 100 * io] == pytest.approx([64 * 32 * 4.5 / 8 / 1000.0 * groups for groups in (1, 3, 8)])
+
+
 def test_floor_of_a_large_product_is_operations_unless_fp4_has_instructions() -> None:
     case = MatmulCase(n=4096, k=4096, m=4096, activation="fp4")
     assert matmul_floor(case, SPEEDS, HOPPER) == (2 * 4096**3 / 1e6, "operations")

@@ -7,7 +7,7 @@ import torch
 
 from fp4compile.bench import peers
 from fp4compile.bench.case import MatmulCase
-from fp4compile.bench.ours import activation, dense_weight
+from fp4compile.bench.ours import activation, dense_weight, dense_weights, offsets
 from fp4compile.bench.peers import BASELINE, PEERS, PeerCannot, describe, noting_failure, probe
 from tests.fp4compile.bench import foreign_peers as foreign
 
@@ -25,6 +25,17 @@ def test_a_dense_peer_computes_the_product_of_each_copy(name) -> None:
         expected = x.double() @ dense_weight(CASE.n, CASE.k, CPU, i).double().mT
         assert (calls[i]().double() - expected).norm() < 0.01 * expected.norm()
     torch.compiler.reset()
+
+
+def test_grouped_bf16_meets_each_group_with_its_rows() -> None:
+    case = MatmulCase(n=64, k=128, m=20, groups=3)
+    x, weights = activation(case.m, case.k, CPU), dense_weights(case, CPU, 1)
+    ends = [0, *offsets(case, CPU).tolist()]
+    expected = torch.cat([x[a:b].double() @ w.double().mT for a, b, w in zip(ends, ends[1:], weights, strict=False)])
+    assert (PEERS[BASELINE].calls(case, x)[1]().double() - expected).norm() < 0.01 * expected.norm()
+    assert probe(foreign.peer(foreign.aborting), case, CPU) == ""
+    with pytest.raises(PeerCannot, match="grouped"):
+        PEERS["int4"].calls(case, x)
 
 
 def test_int4_gives_a_product_and_refuses_what_its_groups_do_not_divide() -> None:

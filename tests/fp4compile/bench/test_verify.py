@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fp4compile.bench.case import MatmulCase, QuantizeCase, quantize_cases
-from fp4compile.bench.ours import Product, activation, dense_weight
+from fp4compile.bench.ours import Product, activation, dense_weight, dense_weights
 from fp4compile.bench.verify import verify_product, verify_quantize
 from fp4compile.codegen import ops
 from fp4compile.codegen.formats import Layout
@@ -19,14 +19,15 @@ CASES = [
     for format in ("nvfp4", "mxfp4")
     for act in ("bf16", "fp4")
 ]
+GROUPED = [MatmulCase(n=33, k=96, m=m, activation=act, groups=5) for m in (2, 90) for act in ("bf16", "fp4")]
 
 
 def verdict(case: MatmulCase):
-    product = Product.of(case, target_of(CPU))
-    return verify_product(product, activation(case.m, case.k, CPU), dense_weight(case.n, case.k, CPU, 0))
+    product = Product.of(case, target_of(CPU), CPU)
+    return verify_product(product, activation(case.m, case.k, CPU), dense_weights(case, CPU, 0))
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.key)
+@pytest.mark.parametrize("case", [*CASES, *GROUPED], ids=lambda case: case.key)
 def test_right_products_pass(case) -> None:
     found = verdict(case)
     assert found.wrong == ""
@@ -35,10 +36,10 @@ def test_right_products_pass(case) -> None:
 
 def test_a_tiled_weight_is_measured_as_the_hopper_kernel_reads_it() -> None:
     hopper = Target(name="sm_90", device_type="cuda", capability=90)
-    tiled = Product.of(MatmulCase(n=64, k=256, m=2), hopper)
+    tiled = Product.of(MatmulCase(n=64, k=256, m=2), hopper, CPU)
     assert tiled.b_layout is Layout.TILED and tiled.weight(dense_weight(64, 256, CPU, 0))[0].ndim == 3
     assert verify_product(tiled, activation(2, 256, CPU), dense_weight(64, 256, CPU, 0)).wrong == ""
-    assert Product.of(MatmulCase(n=63, k=256, m=2), hopper).b_layout is Layout.PLAIN
+    assert Product.of(MatmulCase(n=63, k=256, m=2), hopper, CPU).b_layout is Layout.PLAIN
 
 
 def spoiled(monkeypatch, name: str, spoil) -> None:
@@ -55,6 +56,19 @@ def one_column_off(out: torch.Tensor) -> torch.Tensor:
 def test_one_column_that_is_two_percent_off_is_wrong(monkeypatch) -> None:
     spoiled(monkeypatch, "SCALED_MM", one_column_off)
     assert "float32 output: error" in verdict(CASES[0]).wrong
+
+
+def test_one_row_that_meets_another_group_is_wrong(monkeypatch) -> None:
+    case = MatmulCase(n=33, k=96, m=60, groups=5)  # all of its rows are looked at
+    right = ops.SCALED_GROUPED_MM
+
+    def shifted(*args, **kwargs):
+        offs = args[6].clone()
+        offs[1] += 1
+        return right(*args[:6], offs, *args[7:], **kwargs)
+
+    monkeypatch.setattr(ops, "SCALED_GROUPED_MM", shifted)
+    assert "float32 output: error" in verdict(case).wrong
 
 
 def test_a_bfloat16_output_rounded_towards_zero_is_wrong(monkeypatch) -> None:
