@@ -61,11 +61,12 @@ FAMILIES: Final = (
     KernelFamily(
         name="triton tcgen05", device_type="cuda", ops=_PRODUCTS, folder="kernels", ending=".py", capabilities=(100, 103),
         takes=_same_hardware_format, a_layout=Layout.SWIZZLED, b_layout=Layout.SWIZZLED,
-        relies_on=frozenset({Feature.E4M3_SCALED_DOT, Feature.WARP_SPECIALIZATION}),
+        relies_on=frozenset({Feature.E4M3_SCALED_DOT, Feature.WARP_SPECIALIZATION}), search="fp4compile.codegen.kernels.search_native",
     ),
     KernelFamily(
         name="triton mma.sync", device_type="cuda", ops=_PRODUCTS, folder="kernels", ending=".py", capabilities=(120, 121),
-        takes=_same_hardware_format, a_layout=Layout.SWIZZLED, b_layout=Layout.SWIZZLED, relies_on=frozenset({Feature.E4M3_SCALED_DOT}),
+        takes=_same_hardware_format, a_layout=Layout.SWIZZLED, b_layout=Layout.SWIZZLED,
+        relies_on=frozenset({Feature.E4M3_SCALED_DOT}), search="fp4compile.codegen.kernels.search_native",
     ),
     KernelFamily(name="triton emulation", device_type="cuda", ops=_PRODUCTS, folder="kernels", ending=".py"),
 )  # fmt: skip

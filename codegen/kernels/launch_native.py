@@ -14,11 +14,13 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fp4compile.codegen import tuning
 from fp4compile.codegen.formats import Layout, round_up
 from fp4compile.codegen.kernels.native_mm import native_mm_kernel
 from fp4compile.codegen.kernels.native_tiles import Architecture, Plan, architecture_of, plan
 from fp4compile.codegen.kernels.sum_splits import sum_splits_kernel
 from fp4compile.codegen.reference.layout import lay_out_ref
+from fp4compile.codegen.tuning import TuningKey
 
 _BLOCKS = {torch.float8_e4m3fn: 16, torch.float8_e8m0fnu: 32}
 
@@ -28,6 +30,26 @@ def serves(a_scales: Tensor | None, b_scales: Tensor | None, layouts: tuple[str,
     if a_scales is None or b_scales is None or Layout.TILED in layouts or not k or architecture_of(capability) is None:
         return False
     return a_scales.dtype == b_scales.dtype and a_scales.dtype in _BLOCKS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Winner:
+    """A `Plan` as a search records it: the tile by its name."""
+
+    name: str
+    splits: int
+
+    @classmethod
+    def of(cls, plan: Plan) -> Winner:
+        return cls(name=plan.tile.name, splits=plan.splits)
+
+    def plan(self, architecture: Architecture) -> Plan:
+        return Plan(tile=architecture.named(self.name), splits=self.splits)
+
+
+def key_of(m: int, n: int, k: int, block: int) -> TuningKey:
+    """Under which the winner for (m, k) and (n, k) with scales for `block` columns is kept."""
+    return TuningKey(family=f"native {block}", m=m, n=n, k=k)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +161,11 @@ def _planned(
 ) -> Plan:
     # The kernel that sums the parts knows one matrix, and a bias that its rows share.
     may_split = batch == 1 and (bias is None or bias.stride(1) == 0)
+    if batch == 1 and left.codes.is_cuda:
+        found = tuning.lookup(left.codes.device, key_of(left.rows, right.rows, k, left.block), (Winner,))
+        known = found is not None and found.name in {tile.name for tile in architecture.tiles}
+        if known and (may_split or found.splits == 1):
+            return found.plan(architecture)
     return plan(architecture, left.rows, right.rows, k, batch=batch, processors=processors, may_split=may_split)
 
 
