@@ -92,5 +92,6 @@ def _may_have(quantize: fx.Node, layout: Layout) -> bool:
     weight = constant_of(quantize) is not None
     if layout is not Layout.TILED:
         return weight or isinstance(rows, torch.SymInt) or rows > _FEW_ROWS
-    static = not isinstance(rows, torch.SymInt) and not isinstance(k, torch.SymInt)
-    return weight and static and rows % 16 == 0 and 8 * round_up(k, 128) <= 9 * k
+    if isinstance(rows, torch.SymInt) or isinstance(k, torch.SymInt):
+        return False
+    return weight and rows % 16 == 0 and 8 * round_up(k, 128) <= 9 * k
