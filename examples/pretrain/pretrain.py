@@ -171,7 +171,7 @@ def _heldout(run: Any, windows: Windows, settings: Settings, schedule: Schedule,
 # Sequences a step and a micro-batch, their length, peak rate, tokens: 30m and 100m as in arXiv 2601.22813, with 2^18 tokens a step.
 DEFAULTS = {
     "test": (4, 2, 64, 3e-3, "3k"),
-    "cpu": (16, 16, 128, 3e-3, "200k"),
+    "cpu": (8, 8, 128, 5e-3, "200k"),
     "30m": (512, 128, 512, 1.2e-3, "100M"),
     "100m": (512, 64, 512, 9e-4, "250M"),
 }
