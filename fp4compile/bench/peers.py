@@ -29,7 +29,7 @@ from fp4compile.bench.ours import activation, dense_weight, dense_weights, offse
 from fp4compile.codegen.errors import Fp4CompileError
 from fp4compile.codegen.timing import Call, copies_for
 
-_GROUP: Final = 128  # of torch's int4
+_GROUPS: Final = (128, 64, 32)  # of torch's int4, the first that divides K
 _PROBE_SECONDS: Final = 300
 
 
@@ -98,19 +98,20 @@ def _linear_of(x: Tensor, weight: Tensor) -> Tensor:
 
 def _int4(case: MatmulCase, weights: Sequence[Tensor]) -> list[Callable[[Tensor], Any]]:
     """torch's own, the speed of which does not depend on the codes: they are random."""
-    if case.k % _GROUP:
-        raise PeerCannot(reason=f"K={case.k} is no multiple of its group of {_GROUP}")
+    group = next((g for g in _GROUPS if case.k % g == 0), 0)
+    if not group:
+        raise PeerCannot(reason=f"K={case.k} is no multiple of {_GROUPS[-1]}, the smallest of its groups")
     found: list[Callable[[Tensor], Any]] = []
     for w in weights:
-        scales = torch.rand(case.k // _GROUP, case.n, 2, device=w.device, dtype=torch.bfloat16)
+        scales = torch.rand(case.k // group, case.n, 2, device=w.device, dtype=torch.bfloat16)
         if w.is_cuda:
             codes = torch.randint(0, 256, (case.n, case.k // 2), dtype=torch.uint8, device=w.device)
             packed = torch._convert_weight_to_int4pack(codes, 8)
-            found.append(lambda x, packed=packed, scales=scales: torch._weight_int4pack_mm(x, packed, _GROUP, scales))
+            found.append(lambda x, packed=packed, scales=scales: torch._weight_int4pack_mm(x, packed, group, scales))
         else:
             codes = torch.randint(0, 16, (case.n, case.k), dtype=torch.int32)
             packed = torch._convert_weight_to_int4pack_for_cpu(codes, 1)
-            found.append(lambda x, packed=packed, scales=scales: torch._weight_int4pack_mm_for_cpu(x, packed, _GROUP, scales))
+            found.append(lambda x, packed=packed, scales=scales: torch._weight_int4pack_mm_for_cpu(x, packed, group, scales))
     return found
 
 

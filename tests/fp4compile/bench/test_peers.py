@@ -39,9 +39,10 @@ def test_grouped_bf16_meets_each_group_with_its_rows() -> None:
 
 
 def test_int4_gives_a_product_and_refuses_what_its_groups_do_not_divide() -> None:
-    assert PEERS["int4"].calls(CASE, activation(CASE.m, CASE.k, CPU))[0]().shape == (CASE.m, CASE.n)
+    for case in (CASE, MatmulCase(n=64, k=96, m=3)):
+        assert PEERS["int4"].calls(case, activation(case.m, case.k, CPU))[0]().shape == (case.m, case.n)
     odd = MatmulCase(n=64, k=100, m=3)
-    with pytest.raises(PeerCannot, match="K=100 is no multiple of its group of 128"):
+    with pytest.raises(PeerCannot, match="K=100 is no multiple of 32, the smallest"):
         PEERS["int4"].calls(odd, activation(odd.m, odd.k, CPU))
 
 
