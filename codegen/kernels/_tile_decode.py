@@ -193,12 +193,22 @@ def _own_columns(products, like):
 
 
 @triton.jit
-def finish(acc, global_ptr, bias_ptr, row, n, global_stride, FP16: tl.constexpr):
-    """Epilogue on sums of decoded products for output columns `row` < n: times the global scale, plus the bias, one rounding each."""
+def finish(
+    acc, a_global_ptr, b_global_ptr, bias_ptr, row, n, column, m, a_global_stride, b_global_stride, FP16: tl.constexpr
+):  # fmt: skip
+    """Epilogue on sums of decoded products for rows `row` < n of the weight and `column` < m of x.
+
+    Times the product of the global scales, plus the bias of each `row`, one rounding each.
+    """
     UNIT: tl.constexpr = 128.0 if FP16 else 256.0  # what decode_pair and decode_scales left out
     acc = acc * UNIT
-    if global_ptr is not None:
-        acc = acc * tl.load(global_ptr + row * global_stride, mask=row < n, other=0.0)
+    if a_global_ptr is not None:
+        scale = tl.load(a_global_ptr + column * a_global_stride, mask=column < m, other=0.0)
+        if b_global_ptr is not None:
+            scale = scale * tl.load(b_global_ptr + row * b_global_stride, mask=row < n, other=0.0)
+        acc = acc * scale
+    elif b_global_ptr is not None:
+        acc = acc * tl.load(b_global_ptr + row * b_global_stride, mask=row < n, other=0.0)
     if bias_ptr is not None:
         acc = acc + tl.load(bias_ptr + row, mask=row < n, other=0.0).to(tl.float32)
     return acc

@@ -1,7 +1,7 @@
-"""Host side of the weight-only products for few rows of x: what they support, which kernel and tile a shape gets, launches.
+"""Host side of the products of half-precision rows and one NVFP4 weight, on sm_80 to sm_90: which kernel and tile a shape gets, launches.
 
-The NVFP4 weight is plain, codes (N, Kp/2) and scales (N, Kp/16), or tiled by `tile_weight`, which costs the same bytes and reads faster:
-a warp then loads 512 consecutive bytes where the plain layout gives it 64 of each of 8 rows.
+The weight is plain, codes (N, Kp/2) and scales (N, Kp/16), or tiled, which costs the same bytes and reads faster: a warp then loads 512
+consecutive bytes where the plain layout gives it 64 of each of 8 rows.
 """
 
 from __future__ import annotations
@@ -14,13 +14,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fp4compile.codegen import tuning
 from fp4compile.codegen.errors import UnsupportedDtype
-from fp4compile.codegen.formats import round_up
+from fp4compile.codegen.formats import Layout, round_up
+from fp4compile.codegen.kernels.launch_dequantize import tile_on_device
+from fp4compile.codegen.kernels.launch_hopper import HopperTile, choose_hopper_tile, multiply_hopper
 from fp4compile.codegen.kernels.narrow_decode_mm import narrow_decode_mm_kernel
 from fp4compile.codegen.kernels.wide_decode_mm import pair_columns_kernel, wide_decode_mm_kernel
+from fp4compile.codegen.reference.layout import lay_out_ref
+from fp4compile.codegen.target import processors_of, target_of
+from fp4compile.codegen.tuning import TuningKey
 
-MOST_ROWS: Final = 128
+_MOST_ROWS: Final = 128  # of the wide kernel
+_MOST_TERMS: Final = 384  # rows that float32 rows may become; past that, float32 arithmetic itself costs no more
 _HALVES: Final = (torch.bfloat16, torch.float16)
+_known_target: Final = functools.cache(target_of)
 
 
 def supports(m: int, n: int, k: int, dtype: torch.dtype, capability: int) -> str | None:
@@ -30,11 +38,12 @@ def supports(m: int, n: int, k: int, dtype: torch.dtype, capability: int) -> str
     if dtype not in (*_HALVES, torch.float32):
         return f"x is {dtype}, the decode kernels take bfloat16, float16 and float32"
     rows = 3 * m if dtype is torch.float32 else m
-    if rows > MOST_ROWS:
-        return f"M={m} in {dtype} is more than the decode kernels are made for ({MOST_ROWS} rows of 16 bits, float32 counts three times)"
+    most = _MOST_TERMS if capability == 90 and dtype is torch.float32 else None if capability == 90 else _MOST_ROWS
+    if most is not None and rows > most:
+        return f"M={m} in {dtype} is more than the decode kernels are made for ({most} rows of 16 bits, float32 counts three times)"
     if rows > 8 and capability not in (80, 90):
         return f"more than 8 rows need more shared memory than sm_{capability} has"
-    if n < 1 or k < 1:
+    if m < 1 or n < 1 or k < 1:
         return f"the product {m}x{n}x{k} is empty"
     return None
 
@@ -76,18 +85,31 @@ class WideTile:
 
 
 def tile_weight(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes (T, C, 1024) uint8 and scales (T, C, 128) float8_e4m3fn of T tiles of 16 rows and C chunks of 128 columns, zero-padded.
+    """A plain weight in the tiled layout, on any device."""
+    return lay_out_ref(codes, scales, Layout.TILED)
 
-    Byte 512 h + 64 g + 16 t + i of a tile's codes is byte 16 t + i of the chunk in row 8 h + g; byte 16 g + 4 t + 2 h + i of its scales is
-    byte 2 t + i. `codes` is (N, Kp/2) uint8 and `scales` (N, Kp/16) float8_e4m3fn.
-    """
-    (n, half_k), bytes_ = codes.shape, scales.view(torch.uint8)
-    more_rows, chunks = round_up(n, 16) - n, round_up(half_k, 64) // 64
-    codes = F.pad(codes, (0, 64 * chunks - half_k, 0, more_rows))
-    bytes_ = F.pad(bytes_, (0, 8 * chunks - bytes_.shape[1], 0, more_rows))
-    codes = codes.view(-1, 2, 8, chunks, 64).permute(0, 3, 1, 2, 4).reshape(-1, chunks, 1024)
-    bytes_ = bytes_.view(-1, 2, 8, chunks, 4, 2).permute(0, 3, 2, 4, 1, 5).reshape(-1, chunks, 128)
-    return codes, bytes_.view(torch.float8_e4m3fn)
+
+DecodeTile = NarrowTile | WideTile | HopperTile
+KINDS: Final = (NarrowTile, WideTile, HopperTile)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epilogue:
+    """What follows the sum: times the product of the global scales, plus the bias. A scale is float32, a number or one a row."""
+
+    a_global: Tensor | None = None
+    b_global: Tensor | None = None
+    bias: Tensor | None = None  # (N)
+
+    def arguments(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.a_global, self.b_global, self.bias
+
+    def strides(self) -> tuple[int, int]:
+        return _stride(self.a_global), _stride(self.b_global)
+
+
+def _stride(scale: Tensor | None) -> int:
+    return 0 if scale is None or scale.numel() == 1 else scale.stride(0)
 
 
 def decode_mm(
@@ -99,40 +121,31 @@ def decode_mm(
     out_dtype: torch.dtype,
     *,
     n: int | None = None,
+    a_global: Tensor | None = None,
     weight_is_old: bool = False,
-    tile: NarrowTile | WideTile | None = None,
+    tile: DecodeTile | None = None,
 ) -> Tensor:
-    """(M, N): x (M, K) times the weight transposed, times `b_global` (float32, () or (N)), plus `bias` (N); float32 sums, one rounding.
+    """(M, N): x (M, K) times the weight transposed, times `a_global` (float32, () or (M)) and `b_global` (() or (N)), plus `bias` (N).
 
-    Products are exact and summed in a fixed order. The weight is plain, or tiled with `n` rows. `weight_is_old` promises that no launch
-    still under way writes it, so that its first words may be loaded before that launch ends. Raises `UnsupportedDtype`.
+    Products are exact and summed in float32 in a fixed order; one rounding. The weight is plain, or tiled with `n` rows. `weight_is_old`
+    promises that no launch still under way writes it, so that its first words may be loaded before that launch ends. Raises
+    `UnsupportedDtype`.
     """
     if x.dtype not in (*_HALVES, torch.float32):
         raise UnsupportedDtype(where="decode_mm", found=x.dtype, fmt="a matrix product")
     tiled = codes.ndim == 3
     rows = n if n is not None else 16 * codes.shape[0] if tiled else codes.shape[0]
-    if not tiled and codes.shape[1] % 16:
-        codes, scales, tiled = *tile_weight(codes, scales), True  # a copy, for no row of it is aligned to what a lane loads
-    weight = _Weight(codes=codes.contiguous(), scales=scales.contiguous(), rows=rows, tiled=tiled)
-    launch = functools.partial(_launch, weight=weight, tile=tile, early=weight_is_old)
+    epilogue = Epilogue(a_global=a_global, b_global=b_global, bias=bias)
     if x.dtype is not torch.float32:
-        return launch(x, b_global, bias, out_dtype)
-    partial = launch(_three_terms(x), None, None, torch.float32)
+        return _launch(x, codes, scales, epilogue, rows, out_dtype, tile, weight_is_old)
+    partial = _launch(_three_terms(x), codes, scales, Epilogue(), rows, torch.float32, tile, weight_is_old)
     total = partial.view(3, *x.shape[:-1], rows).sum(0)
-    total = total if b_global is None else total * b_global
+    if a_global is not None:
+        scale = a_global[..., None] if b_global is None else a_global[..., None] * b_global
+        total = total * scale
+    elif b_global is not None:
+        total = total * b_global
     return (total if bias is None else total + bias.float()).to(out_dtype)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Weight:
-    codes: Tensor
-    scales: Tensor
-    rows: int
-    tiled: bool
-
-    @property
-    def padded_k(self) -> int:
-        return self.codes.shape[1] * (128 if self.tiled else 2)
 
 
 def _three_terms(x: Tensor) -> Tensor:
@@ -146,53 +159,84 @@ def _three_terms(x: Tensor) -> Tensor:
 
 
 def _launch(
-    x: Tensor, b_global: Tensor | None, bias: Tensor | None, out_dtype: torch.dtype,
-    *, weight: _Weight, tile: NarrowTile | WideTile | None, early: bool,
+    x: Tensor, codes: Tensor, scales: Tensor, epilogue: Epilogue, n: int, out_dtype: torch.dtype, tile: DecodeTile | None, early: bool
 ) -> Tensor:  # fmt: skip
-    m, n, padded_k = x.shape[0], weight.rows, weight.padded_k
-    out = x.new_empty((m, n), dtype=out_dtype)
-    tile = tile or choose_tile(m, n, padded_k, weight.tiled)
-    global_stride = 1 if b_global is not None and b_global.ndim == 1 else 0
-    common = {"TILED": weight.tiled, "FP16": x.dtype is torch.float16, "PDL": early, "PTX": x.is_cuda, **tile.options(padded_k)}
-    pdl = {"launch_pdl": True} if early else {}
+    tiled = codes.ndim == 3
+    padded_k = codes.shape[1] * (128 if tiled else 2)
+    if tile is None:
+        tile = _tile_for(x, n, padded_k, tiled)
+    if not tiled and (isinstance(tile, HopperTile) or codes.shape[1] % 16):
+        codes, scales = tile_on_device(codes, scales)  # a copy: TMA wants tiles, the others rows aligned to what a lane loads
+        tiled, padded_k = True, codes.shape[1] * 128
+    if not (codes.is_contiguous() and scales.is_contiguous()):
+        codes, scales = codes.contiguous(), scales.contiguous()
+    out = x.new_empty((x.shape[0], n), dtype=out_dtype)
     with torch.cuda.device_of(x):
-        if isinstance(tile, NarrowTile):
-            if x.shape[1] != padded_k or not x.is_contiguous():
-                x = F.pad(x, (0, padded_k - x.shape[1])).contiguous()
-            grid = (-(-n // (16 * tile.row_tiles * tile.warps_r)), -(-m // (8 * tile.column_tiles)))
-            narrow_decode_mm_kernel[grid](
-                x.view(torch.uint8), weight.codes, weight.scales.view(torch.uint8), b_global, bias, out, m, n, padded_k, global_stride,
-                **common, **pdl,
-            )  # fmt: skip
+        if isinstance(tile, HopperTile):
+            multiply_hopper(x, codes, scales, *epilogue.arguments(), out, tile)
             return out
-        turn = 128 * tile.chunks
-        paired = x.new_empty((m, round_up(padded_k, turn)))
-        pair_columns_kernel[(m, -(-paired.shape[1] // 1024))](
-            x, paired, x.shape[1], *x.stride(), paired.shape[1], PDL=early, num_warps=4, **pdl
-        )
-        codes, scales = weight.codes.view(torch.int32), weight.scales.view(torch.int32 if weight.tiled else torch.int16)
-        grid = (-(-n // tile.block_n), -(-m // tile.block_m))
-        wide_decode_mm_kernel[grid](
-            paired, codes, scales, b_global, bias, out, m, n, padded_k, codes.stride(0), scales.stride(0), paired.shape[1], global_stride,
-            **common, **pdl,
-        )  # fmt: skip
+        launch = _launch_narrow if isinstance(tile, NarrowTile) else _launch_wide
+        options = tile.options(padded_k)
+        options |= {"TILED": tiled, "FP16": x.dtype is torch.float16, "PDL": early, "PTX": x.is_cuda}
+        launch(x, codes, scales, epilogue, out, padded_k, tile, options, {"launch_pdl": True} if early else {})  # type: ignore[arg-type]
     return out
 
 
-def choose_tile(m: int, n: int, padded_k: int, tiled: bool) -> NarrowTile | WideTile:
-    """Kernel and tile for `m` rows of x and `n` of the weight: enough warps for 132 multiprocessors, then as few loads of x as that leaves.
+def _launch_narrow(
+    x: Tensor, codes: Tensor, scales: Tensor, epilogue: Epilogue, out: Tensor, padded_k: int, tile: NarrowTile,
+    options: dict[str, Any], pdl: dict[str, bool],
+) -> None:  # fmt: skip
+    m, n = out.shape
+    if x.shape[1] != padded_k or not x.is_contiguous():
+        x = F.pad(x, (0, padded_k - x.shape[1])).contiguous()
+    narrow_decode_mm_kernel[(-(-n // (16 * tile.row_tiles * tile.warps_r)), -(-m // (8 * tile.column_tiles)))](
+        x.view(torch.uint8), codes, scales.view(torch.uint8), *epilogue.arguments(), out, m, n, padded_k, *epilogue.strides(),
+        **options, **pdl,
+    )  # fmt: skip
 
-    The cuts are those of a sweep over 28672x8192, 14336x4096 and 4096x4096 on an H100 80GB HBM3 (2026-11-22, plain layout, Triton 3.6).
+
+def _launch_wide(
+    x: Tensor, codes: Tensor, scales: Tensor, epilogue: Epilogue, out: Tensor, padded_k: int, tile: WideTile,
+    options: dict[str, Any], pdl: dict[str, bool],
+) -> None:  # fmt: skip
+    m, n = out.shape
+    paired = x.new_empty((m, round_up(padded_k, 128 * tile.chunks)))
+    pair_columns_kernel[(m, -(-paired.shape[1] // 1024))](
+        x, paired, x.shape[1], *x.stride(), paired.shape[1], PDL=options["PDL"], num_warps=4, **pdl
+    )
+    words, scale_words = codes.view(torch.int32), scales.view(torch.int32 if codes.ndim == 3 else torch.int16)
+    wide_decode_mm_kernel[(-(-n // tile.block_n), -(-m // tile.block_m))](
+        paired, words, scale_words, *epilogue.arguments(), out, m, n, padded_k, words.stride(0), scale_words.stride(0), paired.shape[1],
+        *epilogue.strides(), **options, **pdl,
+    )  # fmt: skip
+
+
+def key_of(m: int, n: int, padded_k: int, dtype: torch.dtype, tiled: bool) -> TuningKey:
+    """What a launch asks for before it chooses by itself."""
+    layout = "tiled" if tiled else "plain"
+    return TuningKey(family=f"decode_mm {str(dtype).removeprefix('torch.')} {layout}", m=m, n=n, k=padded_k)
+
+
+def _tile_for(x: Tensor, n: int, padded_k: int, tiled: bool) -> DecodeTile:
+    m = x.shape[0]
+    if not x.is_cuda:
+        return choose_tile(m, n, padded_k, tiled, 80)  # Triton's interpreter
+    found = tuning.lookup(x.device, key_of(m, n, padded_k, x.dtype, tiled), KINDS)
+    if found is not None:
+        return found
+    return choose_tile(m, n, padded_k, tiled, _known_target(x.device).capability, processors_of(x.device))
+
+
+def choose_tile(m: int, n: int, padded_k: int, tiled: bool, capability: int = 90, processors: int = 132) -> DecodeTile:
+    """Kernel and tile for `m` rows of x and `n` of the weight: enough warps for all multiprocessors, then as few loads of x as that leaves.
+
+    The cuts are those of sweeps over 28672x8192, 14336x4096 and 4096x4096 on an H100 80GB HBM3 (2026-11-22, Triton 3.6).
     """
-    few, many = n <= 8192, n >= 20480
-    long = padded_k >= 1024  # else half of eight warps would find no k
-    if m <= 8 or (m <= 16 and few):
-        columns = 1 if m <= 8 else 2
-        if few:
-            return NarrowTile(steps=2 if m == 1 and long else 1, column_tiles=columns, warps_k=8 if long else 4)
-        if m > 1:
-            return NarrowTile(row_tiles=1 if many and m <= 4 else 2, warps_r=2 if many else 1, warps_k=2 if many else 4)
-        return NarrowTile(row_tiles=2 if tiled else 1, warps_k=4)
+    few, many = n <= 62 * processors, n >= 155 * processors
+    if m <= 8 or (m <= 16 and (few or capability == 90)):
+        return _choose_narrow(m, few, many, padded_k, tiled)
+    if capability == 90:
+        return choose_hopper_tile(m, n, padded_k, processors)
     if m <= 32:
         block_m = 16 if m <= 16 else 32
         if few or (m <= 16 and not many):
@@ -203,3 +247,15 @@ def choose_tile(m: int, n: int, padded_k: int, tiled: bool) -> NarrowTile | Wide
     if m <= 64:
         return WideTile(block_n=128, block_m=64, chunks=1 if many else 2, stages=3, warps=8)
     return WideTile(block_n=128, block_m=128, chunks=1, stages=3, warps=8)
+
+
+def _choose_narrow(m: int, few: bool, many: bool, padded_k: int, tiled: bool) -> NarrowTile:
+    long = padded_k >= 1024  # else half of eight warps would find no k
+    columns = 1 if m <= 8 else 2
+    if few:
+        return NarrowTile(steps=2 if m == 1 and long else 1, column_tiles=columns, warps_k=8 if long else 4)
+    if m > 8:
+        return NarrowTile(row_tiles=2, column_tiles=2, warps_r=2 if many else 1, warps_k=2 if many else 4)
+    if m > 1 and not tiled:
+        return NarrowTile(row_tiles=1 if many and m <= 4 else 2, warps_r=2 if many else 1, warps_k=2 if many else 4)
+    return NarrowTile(row_tiles=2 if tiled and (m == 1 or many) else 1, warps_k=4)

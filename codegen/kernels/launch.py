@@ -15,6 +15,7 @@ from fp4compile.codegen.kernels.launch_native import serves
 from fp4compile.codegen.kernels.launch_native_grouped import scaled_grouped_mm as native_scaled_grouped_mm
 from fp4compile.codegen.kernels.launch_quantize import hadamard, known_target, on_device_of, quantize
 from fp4compile.codegen.kernels.launch_quantize_both import quantize_both
+from fp4compile.codegen.kernels.launch_weight import multiply_expert_weights, multiply_weight, serves_weight
 from fp4compile.codegen.reference.layout import plain_ref
 from fp4compile.codegen.target import processors_of
 
@@ -44,6 +45,8 @@ def scaled_mm(
                 a, a_scales, a_global, b, b_scales, b_global, bias, int(k), out_dtype,
                 a_layout=a_layout, b_layout=b_layout, capability=target.capability, processors=processors_of(a.device),
             )  # fmt: skip
+    if serves_weight(a, a_scales, b, b_scales, (a_layout, b_layout), int(k), target.capability):
+        return multiply_weight(a, a_scales, a_global, b, b_scales, b_global, bias, int(k), out_dtype)  # type: ignore[arg-type]
     if a_scales is not None:
         a, a_scales = plain_ref(a, a_scales, a_layout)
     if b_scales is not None:
@@ -62,7 +65,7 @@ def scaled_mm(
     left, right = Operand.of(a, a_scales, a_global, batch, where), Operand.of(b, b_scales, b_global, batch, where)
     flat = (batch.numel(), a.shape[-2], b.shape[-2])
     with on_device_of(a):
-        multiply(left, right, None if bias is None else bias.reshape(flat), out.view(flat), int(k))
+        multiply(left, right, None if bias is None else bias.reshape(flat), out.view(flat), int(k), target.capability)
     return out
 
 
@@ -89,6 +92,8 @@ def scaled_grouped_mm(
                 a, a_scales, a_global, b, b_scales, b_global, offs, int(k), out_dtype,
                 a_layout=a_layout, b_layout=b_layout, capability=target.capability,
             )  # fmt: skip
+    if serves_weight(a, a_scales, b, b_scales, (a_layout, b_layout), int(k), target.capability, groups=True):
+        return multiply_expert_weights(a, a_scales, a_global, b, b_scales, b_global, offs, int(k), out_dtype)  # type: ignore[arg-type]
     if a_scales is not None:
         a, a_scales = plain_ref(a, a_scales, a_layout)
     if b_scales is not None:

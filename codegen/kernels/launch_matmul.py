@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -10,11 +10,14 @@ import triton.language as tl
 from torch import Tensor
 
 from fp4compile.codegen.errors import UnsupportedDtype
+from fp4compile.codegen.kernels.half_mm import half_mm_kernel
+from fp4compile.codegen.kernels.launch_dequantize import dequantize
 from fp4compile.codegen.kernels.scaled_grouped_mm import scaled_grouped_mm_kernel
 from fp4compile.codegen.kernels.scaled_mm import scaled_mm_kernel
 
 # NVINT4 is MixFP4 with every block flagged.
 _FORMAT_OF_SCALES: Final = {torch.float8_e4m3fn: "nvfp4", torch.float8_e8m0fnu: "mxfp4", torch.uint8: "mixfp4", torch.int8: "if4"}
+_SCALES_OF_FORMAT: Final = {name: dtype for dtype, name in _FORMAT_OF_SCALES.items()}
 _DTYPES: Final = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
@@ -40,6 +43,15 @@ class Operand:
             global_scale=None if global_scale is None else _flat(global_scale.expand(*global_scale.shape[:-1], x.shape[-2]), batch, 1),
             format="none" if scales is None else _FORMAT_OF_SCALES[scales.dtype],
         )
+
+    def dequantized(self, k: int, dtype: torch.dtype) -> Operand:
+        """Itself where it is not quantized, else its values in `dtype`, in which they are exact; the global scale is left."""
+        if self.scales is None:
+            return self
+        shared = self.data.stride(0) == 0 and self.scales.stride(0) == 0  # one matrix for all of the batch
+        data, scales = (self.data[:1], self.scales[:1]) if shared else (self.data, self.scales)
+        values = dequantize(data, scales.view(_SCALES_OF_FORMAT[self.format]), k, dtype)
+        return replace(self, data=values.expand(self.data.shape[0], -1, -1), scales=None, format="none")
 
     def strides(self) -> tuple[int, ...]:
         """Strides of data (batch, row, k), scales (batch, row, block) and global scale (batch, row)."""
@@ -73,10 +85,19 @@ _FLOAT32_FEW_ROWS: Final = MatmulTile(block_m=16, block_n=64, block_k=32, num_wa
 _FLOAT32: Final = MatmulTile(block_m=64, block_n=64, block_k=32, num_warps=8, num_stages=2)
 
 
-def multiply(a: Operand, b: Operand, bias: Tensor | None, out: Tensor, k: int) -> None:
+# Both operands in shared memory: 144, 96 and 48 KiB.
+_HALVES_HOPPER: Final = MatmulTile(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=3)
+_HALVES_AMPERE: Final = MatmulTile(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3)
+_HALVES_SMALL: Final = MatmulTile(block_m=128, block_n=128, block_k=32, num_warps=8, num_stages=3)
+
+
+def multiply(a: Operand, b: Operand, bias: Tensor | None, out: Tensor, k: int, capability: int) -> None:
     """`out` (batch, M, N) contiguous = A times B transposed, scaled, plus `bias` (batch, M, N)."""
     batch, m, n = out.shape
     dtype, precision = _meeting_dtype(a, b)
+    if m > 64 and dtype is not torch.float32 and 80 <= capability < 100 and {a.format, b.format} <= {"none", "nvfp4", "mxfp4"}:
+        _multiply_halves(a.dequantized(k, dtype), b.dequantized(k, dtype), bias, out, k, capability)
+        return
     tile = _tile(m, dtype)
     programs = batch * -(-m // tile.block_m) * -(-n // tile.block_n)
     scaled_mm_kernel[(programs,)](
@@ -85,6 +106,21 @@ def multiply(a: Operand, b: Operand, bias: Tensor | None, out: Tensor, k: int) -
         A_FORMAT=a.format, B_FORMAT=b.format, DTYPE=_DTYPES[dtype], PRECISION=precision,
         B_FIRST=_b_first(a, b, dtype, tile), **tile.options(),
     )  # fmt: skip
+
+
+def _multiply_halves(a: Operand, b: Operand, bias: Tensor | None, out: Tensor, k: int, capability: int) -> None:
+    """The same where both operands are halves. Dequantizing reads and writes them once; a product reads them for every tile."""
+    batch, m, n = out.shape
+    tile = _HALVES_HOPPER if capability == 90 else _HALVES_AMPERE if capability == 80 else _HALVES_SMALL
+    half_mm_kernel[(batch * -(-m // tile.block_m) * -(-n // tile.block_n),)](
+        a.data, a.global_scale, b.data, b.global_scale, bias, out, m, n, k,
+        *_without_scales(a.strides()), *_without_scales(b.strides()), *((0, 0, 0) if bias is None else bias.stride()),
+        MASKED=k % tile.block_k != 0, **tile.options(),
+    )  # fmt: skip
+
+
+def _without_scales(strides: tuple[int, ...]) -> tuple[int, ...]:
+    return *strides[:3], *strides[6:]
 
 
 def multiply_grouped(a: Operand, b: Operand, offs: Tensor, out: Tensor, k: int) -> None:

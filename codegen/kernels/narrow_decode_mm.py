@@ -26,11 +26,11 @@ from fp4compile.codegen.kernels._tile_decode import (
 
 @triton.jit
 def narrow_decode_mm_kernel(
-    x_ptr, codes_ptr, scales_ptr, global_ptr, bias_ptr, out_ptr, m, n, padded_k, global_stride,
+    x_ptr, codes_ptr, scales_ptr, a_global_ptr, b_global_ptr, bias_ptr, out_ptr, m, n, padded_k, a_global_stride, b_global_stride,
     STEPS: tl.constexpr, ROW_TILES: tl.constexpr, COLUMN_TILES: tl.constexpr, WARPS_R: tl.constexpr, WARPS_K: tl.constexpr,
     UNROLL: tl.constexpr, TILED: tl.constexpr, MASKED: tl.constexpr, FP16: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """out (M, N) contiguous; all other pointers are to bytes; x (M, `padded_k`) contiguous, `padded_k` a multiple of 32 (TILED: of 128).
+    """out (M, N) contiguous; x, codes and scales by pointers to bytes; x (M, `padded_k`) contiguous, a multiple of 32 (TILED: of 128) wide.
 
     In a turn a warp multiplies 16 ROW_TILES rows of the weight with 8 COLUMN_TILES rows of x over STEPS times 128 of k. The words of the
     next turn are loaded before those of this one are used. Lane 4 g + t owns rows g and g + 8 of a tile and 32 consecutive k of each step.
@@ -70,7 +70,10 @@ def narrow_decode_mm_kernel(
         p0, p1, p2, p3, q0, q1, q2, q3, scales, present = n0, n1, n2, n3, o0, o1, o2, o3, new_scales, later
     d0, d1, d2, d3 = _turn(d0, d1, d2, d3, p0, p1, p2, p3, q0, q1, q2, q3, scales, x_at, present, MASKED, FP16, PTX)
     d0, d1, d2, d3 = _spread_nan(d0, d1, d2, d3, saw | nan_flags(scales), FP16, PTX)
-    _store_all(d0, d1, d2, d3, global_ptr, bias_ptr, out_ptr, m, n, global_stride, ROW_TILES, COLUMN_TILES, WARPS_R, FP16)
+    _store_all(
+        d0, d1, d2, d3, a_global_ptr, b_global_ptr, bias_ptr, out_ptr, m, n, a_global_stride, b_global_stride,
+        ROW_TILES, COLUMN_TILES, WARPS_R, FP16,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -145,7 +148,7 @@ def _spread_nan(d0, d1, d2, d3, saw, FP16: tl.constexpr, PTX: tl.constexpr):
 
 @triton.jit
 def _store_all(
-    d0, d1, d2, d3, global_ptr, bias_ptr, out_ptr, m, n, global_stride,
+    d0, d1, d2, d3, a_global_ptr, b_global_ptr, bias_ptr, out_ptr, m, n, a_global_stride, b_global_stride,
     ROW_TILES: tl.constexpr, COLUMN_TILES: tl.constexpr, WARPS_R: tl.constexpr, FP16: tl.constexpr,
 ):  # fmt: skip
     """Sums over steps and over the warps that share rows, in a fixed order; [row tiles, column tiles, warps over rows, lanes] remain."""
@@ -155,10 +158,14 @@ def _store_all(
     lane = tl.arange(0, 32)[None, None, None, :]
     row = tile * 16 + lane // 4
     column = (tl.program_id(1) * COLUMN_TILES + tl.arange(0, COLUMN_TILES)[None, :, None, None]) * 8 + lane % 4 * 2
-    _store(finish(d0, global_ptr, bias_ptr, row, n, global_stride, FP16), out_ptr, row, column, m, n)
-    _store(finish(d1, global_ptr, bias_ptr, row, n, global_stride, FP16), out_ptr, row, column + 1, m, n)
-    _store(finish(d2, global_ptr, bias_ptr, row + 8, n, global_stride, FP16), out_ptr, row + 8, column, m, n)
-    _store(finish(d3, global_ptr, bias_ptr, row + 8, n, global_stride, FP16), out_ptr, row + 8, column + 1, m, n)
+    d0 = finish(d0, a_global_ptr, b_global_ptr, bias_ptr, row, n, column, m, a_global_stride, b_global_stride, FP16)
+    _store(d0, out_ptr, row, column, m, n)
+    d1 = finish(d1, a_global_ptr, b_global_ptr, bias_ptr, row, n, column + 1, m, a_global_stride, b_global_stride, FP16)
+    _store(d1, out_ptr, row, column + 1, m, n)
+    d2 = finish(d2, a_global_ptr, b_global_ptr, bias_ptr, row + 8, n, column, m, a_global_stride, b_global_stride, FP16)
+    _store(d2, out_ptr, row + 8, column, m, n)
+    d3 = finish(d3, a_global_ptr, b_global_ptr, bias_ptr, row + 8, n, column + 1, m, a_global_stride, b_global_stride, FP16)
+    _store(d3, out_ptr, row + 8, column + 1, m, n)
 
 
 @triton.jit

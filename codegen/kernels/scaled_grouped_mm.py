@@ -68,3 +68,14 @@ def _group_rows(offs_ptr, offs_stride, tile, total, groups, BLOCK_G: tl.constexp
     end_here = tl.sum(tl.where(here, end, 0), 0)
     first = tl.sum(tl.where(here, start + (tile - tiles_before) * BLOCK_M, 0), 0)
     return group.to(tl.int64), first, end_here
+
+
+@triton.jit
+def group_tiles_kernel(offs_ptr, offs_stride, out_ptr, total, groups, BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr):
+    """out (tiles, 3) int32: first row, end of the group and group of each tile of rows; first >= end where there is nothing to multiply."""
+    tile = tl.program_id(0)
+    group, first, end = _group_rows(offs_ptr, offs_stride, tile, total, groups, BLOCK_G, BLOCK_M)
+    end = tl.where(group < groups, end, 0)
+    tl.store(out_ptr + 3 * tile, first.to(tl.int32))
+    tl.store(out_ptr + 3 * tile + 1, end.to(tl.int32))
+    tl.store(out_ptr + 3 * tile + 2, tl.minimum(group, groups - 1).to(tl.int32))

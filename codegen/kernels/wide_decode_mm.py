@@ -1,4 +1,6 @@
-"""Weight-only product for tens to hundreds of rows of x: weights decoded in registers meet x in shared memory (`wgmma` on sm_90).
+"""Weight-only product for tens to hundreds of rows of x on sm_80: weights decoded in registers meet x in shared memory.
+
+Not for sm_90, where the dot would be a `wgmma` that Triton leaves in flight while its registers are written again: `hopper_mm` there.
 
 A dot may take k in any order that both operands share. Here it is the order in which a lane that reads whole 32-bit words of codes holds
 what the tensor core wants of that lane, so the decoded weight never moves between threads; x is brought into that order beforehand.
@@ -14,7 +16,8 @@ from fp4compile.codegen.kernels._tile_decode import decode_pair, decode_scales, 
 
 @triton.jit
 def wide_decode_mm_kernel(
-    x_ptr, codes_ptr, scales_ptr, global_ptr, bias_ptr, out_ptr, m, n, padded_k, codes_stride, scales_stride, x_stride, global_stride,
+    x_ptr, codes_ptr, scales_ptr, a_global_ptr, b_global_ptr, bias_ptr, out_ptr,
+    m, n, padded_k, codes_stride, scales_stride, x_stride, a_global_stride, b_global_stride,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, CHUNKS: tl.constexpr, STAGES: tl.constexpr, TILED: tl.constexpr,
     MASKED: tl.constexpr, FP16: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
@@ -59,7 +62,9 @@ def wide_decode_mm_kernel(
         scales_at += 32 * CHUNKS if TILED else 4 * CHUNKS
         x_at += 128 * CHUNKS
 
-    acc = finish(acc, global_ptr, bias_ptr, row[:, None], n, global_stride, FP16)
+    acc = finish(
+        acc, a_global_ptr, b_global_ptr, bias_ptr, row[:, None], n, column[None, :], m, a_global_stride, b_global_stride, FP16
+    )  # fmt: skip
     inside = (row < n)[:, None] & (column < m)[None, :]
     tl.store(out_ptr + column.to(tl.int64)[None, :] * n + row[:, None], acc.to(out_ptr.dtype.element_ty), mask=inside)
 

@@ -5,6 +5,7 @@ Without a GPU the first test runs this file again under Triton's interpreter; th
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -142,10 +143,14 @@ def test_the_tiled_layout_is_the_documented_one() -> None:
         ((1, 64, 64, torch.bfloat16, 90), None),
         ((128, 64, 64, torch.float16, 80), None),
         ((42, 64, 64, torch.float32, 90), None),
-        ((43, 64, 64, torch.float32, 90), "M=43"),
+        ((42, 64, 64, torch.float32, 80), None),
+        ((43, 64, 64, torch.float32, 80), "M=43"),
+        ((128, 64, 64, torch.float32, 90), None),
+        ((129, 64, 64, torch.float32, 90), "M=129"),
         ((8, 64, 64, torch.float16, 89), None),
         ((9, 64, 64, torch.float16, 89), "shared memory"),
-        ((129, 64, 64, torch.bfloat16, 90), "M=129"),
+        ((129, 64, 64, torch.bfloat16, 80), "M=129"),
+        ((16384, 64, 64, torch.bfloat16, 90), None),
         ((1, 64, 64, torch.float64, 90), "float64"),
         ((1, 64, 64, torch.bfloat16, 100), "sm_100"),
         ((1, 64, 64, torch.bfloat16, 75), "sm_75"),
@@ -159,8 +164,14 @@ def test_what_is_supported(arguments: tuple, reason: str | None) -> None:
 
 
 def test_few_rows_stay_out_of_shared_memory_and_many_share_it() -> None:
-    assert isinstance(choose_tile(1, 28672, 8192, True), NarrowTile)
-    assert isinstance(choose_tile(64, 28672, 8192, True), WideTile)
+    for capability in (80, 90):
+        assert isinstance(choose_tile(1, 28672, 8192, True, capability), NarrowTile)
+    assert isinstance(choose_tile(64, 28672, 8192, True, 80), WideTile)
+
+
+def test_on_hopper_no_dot_takes_its_left_operand_from_registers() -> None:
+    for m, n, k in itertools.product((1, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 4096), (64, 4096, 14336, 28672), (64, 1024, 8192)):
+        assert not isinstance(choose_tile(m, n, k, True, 90), WideTile)
 
 
 def test_a_dtype_without_kernels_is_refused() -> None:

@@ -1,0 +1,50 @@
+"""Host side of `dequantize`."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from fp4compile.codegen.formats import round_up
+from fp4compile.codegen.kernels.dequantize import dequantize_kernel, tile_weight_kernel
+
+EXACT_IN_BFLOAT16: Final = (torch.float8_e4m3fn, torch.float8_e8m0fnu)  # dtypes of the block scales of formats that `dequantize` takes
+_LAUNCH: Final = {"num_warps": 4, "num_stages": 1}
+
+
+def dequantize(codes: Tensor, scales: Tensor, k: int, dtype: torch.dtype) -> Tensor:
+    """(..., R, k rounded up to 8) in `dtype`, zero from column k on: codes (..., R, Kp/2) times their block scales, with any strides.
+
+    `dtype` is bfloat16, or float16 for NVFP4.
+    """
+    codes, bytes_ = _stacked(codes), _stacked(scales.view(torch.uint8))
+    batch, rows, _ = codes.shape
+    out = codes.new_empty((batch, rows, round_up(k, 8)), dtype=dtype)
+    if out.numel():
+        block_r, block_k = 16, 256
+        dequantize_kernel[(-(-rows // block_r) * -(-out.shape[2] // block_k), batch)](
+            codes, bytes_, out, rows, k, *codes.stride(), *bytes_.stride(), out.shape[2],
+            NVFP4=scales.dtype == torch.float8_e4m3fn, BLOCK_R=block_r, BLOCK_K=block_k, **_LAUNCH,
+        )  # fmt: skip
+    return out.view(*scales.shape[:-1], out.shape[2])
+
+
+def tile_on_device(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Tiled codes (..., T, C, 1024) and scales (..., T, C, 128) of plain NVFP4 ones, as `lay_out_ref` has them, with any strides."""
+    *lead, rows, half_k = codes.shape
+    blocks = scales.shape[-1]
+    flat, bytes_ = _stacked(codes), _stacked(scales.view(torch.uint8))
+    tiles, chunks = round_up(rows, 16) // 16, round_up(half_k, 64) // 64
+    tiled, tiled_scales = codes.new_empty((*lead, tiles, chunks, 1024)), codes.new_empty((*lead, tiles, chunks, 128))
+    if tiled.numel():
+        tile_weight_kernel[(tiles * -(-chunks // 4), flat.shape[0])](
+            flat, bytes_, tiled, tiled_scales, rows, half_k, blocks, chunks, *flat.stride(), *bytes_.stride(), BLOCK_C=4, **_LAUNCH
+        )
+    return tiled, tiled_scales.view(scales.dtype)
+
+
+def _stacked(x: Tensor) -> Tensor:
+    """(batch, R, C)."""
+    return x.reshape(-1, *x.shape[-2:]) if x.ndim != 3 else x
