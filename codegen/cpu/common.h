@@ -25,10 +25,12 @@
 
 namespace fp4 {
 
-// How an operand, a bias or a result is stored. Python passes these numbers.
-enum Kind : int64_t { FLOAT32 = 0, BFLOAT16 = 1, NVFP4 = 2, MXFP4 = 3 };
+// How an operand, a bias or a result is stored. Python passes these numbers. Blocks of MIXFP4 and IF4 read one of two tables, as the sign bit
+// of their scale says; only `dequantize_rows` knows them.
+enum Kind : int64_t { FLOAT32 = 0, BFLOAT16 = 1, NVFP4 = 2, MXFP4 = 3, MIXFP4 = 4, IF4 = 5 };
 
-constexpr int block_of(Kind kind) { return kind == NVFP4 ? 16 : 32; }
+constexpr int block_of(Kind kind) { return kind == MXFP4 ? 32 : 16; }
+constexpr bool is_flagged(Kind kind) { return kind == MIXFP4 || kind == IF4; }
 
 // torch's pool (`torch_parallel_for` of its stable C ABI), so that two pools never share the cores; null: run on the calling thread.
 using ParallelFor = int (*)(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
@@ -87,7 +89,7 @@ inline float e8m0_value(uint8_t byte) {
 
 template <Kind kind>
 float scale_value(uint8_t byte) {
-  return kind == NVFP4 ? E4M3.value[byte] : e8m0_value(byte);
+  return kind == MXFP4 ? e8m0_value(byte) : E4M3.value[is_flagged(kind) ? byte & 0x7F : byte];
 }
 
 #if defined(FP4_AVX512)

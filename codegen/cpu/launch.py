@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fp4compile.codegen.cpu import build
 from fp4compile.codegen.formats import QuantConfig, Rounding, round_up
-from fp4compile.codegen.reference.block import dequantize_ref, quantize_ref
+from fp4compile.codegen.reference.block import quantize_ref
 from fp4compile.codegen.reference.hadamard import hadamard_ref
 from fp4compile.codegen.reference.matmul import scaled_mm_ref
 
@@ -30,6 +30,7 @@ _LOG: Final = logging.getLogger("fp4compile.codegen.cpu")
 
 # The numbers of `Kind` in common.h; a scale's dtype names the format.
 _KIND: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2, torch.float8_e8m0fnu: 3}
+_DECODED: Final = _KIND | {torch.uint8: 4, torch.int8: 5}  # MixFP4 with NVINT4, and IF4: no product reads them, they are decoded for BLAS
 _DENSE: Final = (torch.float32, torch.bfloat16)
 _RULE: Final = {"amax": 0, "four_over_six": 1, "four_over_six_mae": 2, "four_over_six_absmax": 3, "amax_17_16": 4}
 _GRANULARITY: Final = {"tensor": 0, "row": 1, "static": 2}
@@ -251,12 +252,10 @@ def _through_blas(
 
 def _dequantize(kernels: Kernels, codes: Tensor, scales: Tensor, k: int) -> Tensor:
     """`dequantize_ref` without the global scale, first `k` columns."""
-    if scales.dtype not in _KIND:
-        return dequantize_ref(codes, scales)[..., :k]
     codes, scales = codes.contiguous(), scales.contiguous()
     out = codes.new_empty((*codes.shape[:-1], k), dtype=torch.float32)
     rows = prod(codes.shape[:-1])
-    kernels.dequantize(codes.data_ptr(), scales.data_ptr(), _KIND[scales.dtype], rows, 2 * codes.shape[-1], k, out.data_ptr())
+    kernels.dequantize(codes.data_ptr(), scales.data_ptr(), _DECODED[scales.dtype], rows, 2 * codes.shape[-1], k, out.data_ptr())
     return out
 
 
