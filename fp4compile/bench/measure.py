@@ -13,7 +13,8 @@ from fp4compile.bench.floor import Speeds, matmul_floor, quantize_floor
 from fp4compile.bench.ours import Product, activation, dense_weight, dense_weights, quantize_call, seed_on
 from fp4compile.bench.peers import PEERS, Peer, describe, failures, noting_failure
 from fp4compile.bench.results import OURS, Row
-from fp4compile.bench.verify import Verdict, verify_product, verify_quantize
+from fp4compile.bench.verify import Verdict, verify_product
+from fp4compile.bench.verify_quantize import verify_quantize
 from fp4compile.codegen.formats import FORMATS
 from fp4compile.codegen.target import target_of
 from fp4compile.codegen.timing import Call, Effort, Timed, copies_for, in_turns, prepare

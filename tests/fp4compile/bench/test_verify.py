@@ -7,7 +7,8 @@ import torch
 
 from fp4compile.bench.case import MatmulCase, QuantizeCase, quantize_cases
 from fp4compile.bench.ours import Product, activation, dense_weight, dense_weights
-from fp4compile.bench.verify import verify_product, verify_quantize
+from fp4compile.bench.verify import verify_product
+from fp4compile.bench.verify_quantize import verify_quantize
 from fp4compile.codegen import ops
 from fp4compile.codegen.formats import Layout
 from fp4compile.codegen.target import Target, target_of
@@ -126,3 +127,26 @@ def test_one_bit_of_the_column_copy_is_seen(monkeypatch) -> None:
 def test_a_missing_row_is_seen(monkeypatch) -> None:
     spoiled(monkeypatch, "QUANTIZE", lambda parts: (parts[0][:-1], *parts[1:]))
     assert "where the reference has" in verify_quantize(QuantizeCase(rows=50, columns=96), CPU).wrong
+
+
+@pytest.mark.parametrize("case", quantize_cases([(200, 144)], ("nvfp4", "mxfp4")), ids=lambda case: case.scheme)
+def test_parts_of_a_right_quantizer_agree_with_the_whole(case) -> None:
+    assert verify_quantize(case, CPU).wrong == ""
+
+
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_a_wrong_last_row_of_a_large_tensor_is_seen(monkeypatch, axis) -> None:
+    """In the sample, which is smaller, all is well."""
+
+    def spoil(parts):
+        codes = parts[0].clone()
+        if codes.shape[0] > 1024:
+            codes[-1, -1] ^= 1
+        return (codes, *parts[1:])
+
+    spoiled(monkeypatch, "QUANTIZE", spoil)
+    shape = {"rows": 1040, "columns": 32} if axis == -1 else {"rows": 32, "columns": 1040}
+    assert (
+        "codes: 1 of 1024 differ from the reference, in the tensor that is timed"
+        in verify_quantize(QuantizeCase(**shape, axis=axis), CPU).wrong
+    )
