@@ -89,8 +89,10 @@ MMA_SYNC: Final = Architecture(
 ARCHITECTURES: Final = (TCGEN05, MMA_SYNC)
 
 _PROGRAM_CLOCKS: Final = 2000  # start, first loads, end of a program: an estimate
+_TURN_CLOCKS: Final = 300  # waits of a turn where the warps that multiply also load: an estimate
 _SPLIT_CLOCKS: Final = 4000  # second launch that sums the parts: an estimate
 _MOST_SPLITS: Final = 16
+_FEW_ROWS: Final = 64
 
 
 def architecture_of(capability: int) -> Architecture | None:
@@ -107,15 +109,25 @@ class Plan:
 
 
 def plan(architecture: Architecture, m: int, n: int, k: int, *, batch: int = 1, processors: int = 0, may_split: bool = True) -> Plan:
-    """The plan of least estimated time for `batch` products of (m, k) and (n, k) on `processors` SMs; of equal ones that of least work."""
+    """The plan of least estimated time for `batch` products of (m, k) and (n, k) on `processors` SMs; of equal ones that which loads least.
+
+    Few rows never fill the side of 128: that saves no time while weights stream from memory, but shared memory and energy.
+    """
     sms = processors or architecture.processors
     plans = [
         Plan(tile=tile, splits=splits)
         for tile in architecture.tiles
+        if tile.swapped or m > _FEW_ROWS
         for splits in range(1, 1 + (_MOST_SPLITS if may_split and not tile.persistent else 1))
         if splits == 1 or splits <= -(-k // tile.block_k)
     ]
-    return min(plans, key=lambda p: (clocks(architecture, p, m, n, k, batch, sms), p.tile.block_c, p.splits))
+    return min(plans, key=lambda p: (clocks(architecture, p, m, n, k, batch, sms), _loaded_rows(p.tile, m, n), p.splits))
+
+
+def _loaded_rows(tile: NativeTile, m: int, n: int) -> int:
+    """Rows of both operands that all programs load together."""
+    rows, columns = (n, m) if tile.swapped else (m, n)
+    return -(-rows // tile.block_r) * -(-columns // tile.block_c) * (tile.block_r + tile.block_c)
 
 
 def clocks(architecture: Architecture, plan: Plan, m: int, n: int, k: int, batch: int, processors: int) -> float:
@@ -128,6 +140,10 @@ def clocks(architecture: Architecture, plan: Plan, m: int, n: int, k: int, batch
     load = (tile.block_r + tile.block_c) * tile.block_k * 0.5625 / architecture.bytes_in
     waves = -(-tiles * plan.splits // processors)
     started = 1 if tile.persistent else waves
-    compute = waves * turns * max(multiply, load) + started * _PROGRAM_CLOCKS
+    turn = max(multiply, load) + (0 if tile.specialized else _TURN_CLOCKS)
+    compute = waves * turns * turn + started * _PROGRAM_CLOCKS
     memory = batch * (m + n) * k * 0.5625 / (architecture.bytes_from_memory * processors) + _PROGRAM_CLOCKS
+    if plan.splits > 1:
+        # float32 parts are written and read once.
+        memory += 8 * plan.splits * batch * m * n / (architecture.bytes_from_memory * processors)
     return max(compute, memory) + (_SPLIT_CLOCKS if plan.splits > 1 else 0)
