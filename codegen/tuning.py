@@ -51,14 +51,14 @@ def rows_up_to(m: int) -> int:
     return m if m <= 8 else 1 << (m - 1).bit_length()
 
 
-def lookup(device: torch.device, key: TuningKey, kinds: Iterable[type[Tile]]) -> Tile | None:
-    """The winner for `key`, one of `kinds`; None where none was recorded by a search with tiles such as these."""
-    return _lookup(device, str(key), tuple(kinds))
+def lookup(device: torch.device, key: TuningKey, kinds: tuple[type[Tile], ...]) -> Tile | None:
+    """The winner for `key`, one of `kinds`; None where none was recorded by a search with tiles such as these. Cheap: launches ask."""
+    return _lookup(device, key, kinds)
 
 
-@functools.lru_cache(maxsize=4096)
-def _lookup(device: torch.device, key: str, kinds: tuple[type[Any], ...]) -> Any:
-    stored = _read(table_file(device)).get(key)
+@functools.lru_cache(maxsize=8192)
+def _lookup(device: torch.device, key: TuningKey, kinds: tuple[type[Any], ...]) -> Any:
+    stored = _read(table_file(device)).get(str(key))
     return None if stored is None else _tile_of(stored["tile"], kinds)
 
 

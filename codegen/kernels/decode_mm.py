@@ -7,6 +7,7 @@ consecutive bytes where the plain layout gives it 64 of each of 8 rows.
 from __future__ import annotations
 
 import functools
+import functools
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -211,6 +212,7 @@ def _launch_wide(
     )  # fmt: skip
 
 
+@functools.lru_cache(maxsize=8192)  # a launch asks, and has few microseconds
 def key_of(m: int, n: int, padded_k: int, dtype: torch.dtype, tiled: bool) -> TuningKey:
     """What a launch asks for before it chooses by itself."""
     layout = "tiled" if tiled else "plain"
