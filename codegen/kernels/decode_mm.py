@@ -7,7 +7,6 @@ consecutive bytes where the plain layout gives it 64 of each of 8 rows.
 from __future__ import annotations
 
 import functools
-import functools
 from dataclasses import dataclass
 from typing import Any, Final
 
