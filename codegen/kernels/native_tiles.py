@@ -6,6 +6,7 @@ GPU was at hand. `docs/blackwell.md` shows what the compiler made of each. The m
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -40,7 +41,7 @@ class NativeTile:
         return {name: value for name, value in self.options().items() if name not in fixed}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)  # compared and hashed as the one row it is, for every launch looks its plan up
 class Architecture:
     """A generation with its tiles, and per SM and clock: multiply-adds, bytes that an SM takes in, bytes from memory. Estimates."""
 
@@ -108,6 +109,7 @@ class Plan:
     splits: int
 
 
+@functools.lru_cache(maxsize=4096)
 def plan(architecture: Architecture, m: int, n: int, k: int, *, batch: int = 1, processors: int = 0, may_split: bool = True) -> Plan:
     """The plan of least estimated time for `batch` products of (m, k) and (n, k) on `processors` SMs; of equal ones that which loads least.
 
