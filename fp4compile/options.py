@@ -29,7 +29,8 @@ class Options:
     strict: a site that cannot follow the policy is an error instead of a row in the report. FP4COMPILE_STRICT=1.
     free_weights: release the high-precision originals of folded weights; `fp4compile.restore(model)` brings them back.
     verify: check the graph's invariants after every pass. FP4COMPILE_VERIFY=1.
-    mode: Inductor's mode, for when other options are given too: torch.compile refuses `mode=` beside `options=`.
+    mode: Inductor's mode, for when other options are given too: torch.compile refuses `mode=` beside `options=`. "max-autotune" also
+        searches the tiles of our kernels for products of static shape, once for this device and these versions.
     inductor: Inductor configuration patches, as in {"max_autotune": True}.
     """
 

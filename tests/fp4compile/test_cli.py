@@ -19,7 +19,7 @@ def test_help_lists_commands_and_environment(capsys) -> None:
         main(["--help"])
     text = capsys.readouterr().out
     assert exit_.value.code == 0
-    assert all(name in text for name in ("demo", "explain", "policy", "passes", "doctor", "FP4COMPILE_POLICY", "FP4COMPILE_DUMP"))
+    assert all(name in text for name in ("demo", "explain", "policy", "passes", "doctor", "bench", "FP4COMPILE_POLICY", "FP4COMPILE_DUMP"))
 
 
 def test_errors_end_in_one_line_and_exit_code_1(capsys) -> None:
