@@ -14,6 +14,7 @@ import torch
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from fp4compile.codegen.errors import Fp4CompileError
+from fp4compile.weights import STORE
 
 
 class NotAStep(Fp4CompileError, ValueError):
@@ -52,6 +53,7 @@ def set_step(step: int) -> None:
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:
         raise NotAStep(found=step)
     CLOCK.set(step)
+    STORE.forget_all()  # a checkpoint may have been loaded in a way that no version counter shows, as into shards
 
 
 def current_step() -> int:

@@ -2,7 +2,8 @@
 
 An entry belongs to the parameters it was computed from (held weakly) and to a recipe. It is current while each parameter has the
 version counter and the memory address that it had; in-place updates, `load_state_dict` and `param.data = ...` change one of them.
-Optimizers that are a `torch.optim.Optimizer` are watched, since fused ones change neither. Nor do writes through `param.data.add_(...)`
+Optimizers that are a `torch.optim.Optimizer` are watched, since fused ones change neither. Under FSDP they step shards, and what is
+gathered from those changes neither as well: so a step also renews what is trained and belongs to no optimizer. Nor do writes through `param.data.add_(...)`
 and in-place writes to parameters made under `torch.inference_mode()`: after those, call `fp4compile.refresh(model)`.
 """
 
@@ -73,6 +74,7 @@ class WeightStore:
     readers: weakref.WeakSet[Reader] = field(default_factory=weakref.WeakSet)
     quantizations: int = 0  # how often a weight was quantized, for tests and reports
     freed: dict[int, weakref.ref[Tensor]] = field(default_factory=dict)
+    stepped: dict[int, weakref.ref[Tensor]] = field(default_factory=dict)  # parameters that some optimizer has in its care
 
     def fetch(self, recipe: str, parameters: Sequence[Tensor], compute: fx.GraphModule) -> tuple[Tensor, ...]:
         """The value of `compute(*parameters)`, from the store when it is current."""
@@ -151,6 +153,28 @@ class WeightStore:
             self.entries[key].state = ()
         return len(stale)
 
+    def forget_all(self) -> None:
+        """Quantize everything again on its next use."""
+        self._let_go()
+        for entry in self.entries.values():
+            entry.state = ()
+
+    def renew_after_step(self, parameters: Iterable[Tensor]) -> None:
+        """An optimizer has written to `parameters`, and perhaps to shards of what no optimizer knows as a whole."""
+        parameters = list(parameters)
+        for parameter in parameters:
+            if (known := self.stepped.get(id(parameter))) is None or known() is not parameter:
+                self.stepped[id(parameter)] = weakref.ref(parameter)
+        wanted = {id(p) for p in parameters}
+        self._let_go()
+        for key, entry in self.entries.items():
+            if wanted & set(key[1]) or any(self._is_gathered(ref()) for ref in entry.parameters):
+                entry.state = ()
+
+    def _is_gathered(self, parameter: Tensor | None) -> bool:
+        known = self.stepped.get(id(parameter))
+        return parameter is not None and parameter.requires_grad and (known is None or known() is not parameter)
+
     def _entries_of(self, parameter: Tensor) -> list[_Entry]:
         return [e for e in self.entries.values() if any(ref() is parameter for ref in e.parameters)]
 
@@ -165,7 +189,7 @@ STORE = WeightStore()
 @torch.compiler.disable
 def _after_optimizer_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Fused optimizers write to parameters without raising their version counters: every step counts as a change."""
-    STORE.refresh(p for group in optimizer.param_groups for p in group["params"])
+    STORE.renew_after_step(p for group in optimizer.param_groups for p in group["params"])
 
 
 register_optimizer_step_post_hook(_after_optimizer_step)  # type: ignore[arg-type]

@@ -19,6 +19,7 @@ from fp4compile.passes.insert_hadamard import InsertHadamard
 from fp4compile.passes.insert_quantize import InsertQuantize
 from fp4compile.passes.lower_convolutions import LowerConvolutions
 from fp4compile.passes.normalize import Normalize
+from fp4compile.passes.pair_axes import PairAxes
 from fp4compile.passes.record import PassRecord
 from fp4compile.passes.select_kernels import SelectKernels
 from fp4compile.passes.share_quantize import ShareQuantize
@@ -39,6 +40,7 @@ PIPELINE: Final[tuple[Pass, ...]] = (
     FusePrologue(),
     FoldWeights(),  # after fusing: a folded weight is computed by its final quantize node
     SelectKernels(),
+    PairAxes(),  # after the layouts are chosen, each by the readers of one half
     Cleanup(),
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 from torch import fx
 
@@ -38,10 +39,18 @@ def _product_problems(node: fx.Node) -> list[str]:
     for side, config, codes, scales in (("a", plan.lhs, node.args[0], node.args[1]), ("b", plan.rhs, node.args[3], node.args[4])):
         if (config is None) != (scales is None):
             found.append("an operand whose precision is not the planned one")
-        source = scales.args[0] if isinstance(scales, fx.Node) and scales.target is operator.getitem else None
         layout = node.kwargs.get(f"{side}_layout", "plain")
-        if isinstance(source, fx.Node) and source.target is ops.QUANTIZE and source.kwargs.get("layout", "plain") != layout:
+        if _layout_of(scales, layout) != layout:
             found.append("an operand in another layout than its reader expects")
         if scales is not None and layout == "plain" and codes.meta["val"].shape[-1] * 2 != scales.meta["val"].shape[-1] * config.fmt.block:  # type: ignore[union-attr]
             found.append("codes and scales of different length")
     return found
+
+
+def _layout_of(scales: Any, unknown: Any) -> Any:
+    """The layout in which these scales were written; `unknown` where no quantize node says."""
+    source = scales.args[0] if isinstance(scales, fx.Node) and scales.target is operator.getitem else None
+    if not isinstance(source, fx.Node) or source.target not in (ops.QUANTIZE, ops.QUANTIZE_BOTH):
+        return unknown
+    half = "layout" if source.target is ops.QUANTIZE else "row_layout" if scales.args[1] < 3 else "column_layout"
+    return source.kwargs.get(half, "plain")

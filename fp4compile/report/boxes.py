@@ -21,7 +21,7 @@ from fp4compile.passes.module_path import module_of
 from fp4compile.passes.site import Operand, OperandKind, Plan, Site, fake_of, is_backward, plan_of, site_of
 from fp4compile.passes.value_names import is_result_of_tuple, parameter_names
 
-_SINGLE = frozenset({ops.QUANTIZE, ops.HADAMARD, torch.ops.aten.embedding.default})
+_SINGLE = frozenset({ops.QUANTIZE, ops.QUANTIZE_BOTH, ops.HADAMARD, torch.ops.aten.embedding.default})
 _VIEWS = frozenset({
     "alias", "clone", "contiguous", "convert_element_type", "detach", "expand", "getitem", "lift_fresh_copy", "permute", "reshape",
     "select", "slice", "split", "split_with_sizes", "squeeze", "sym_size", "t", "to_copy", "transpose", "unsafe_view", "unsqueeze", "view",
@@ -206,6 +206,8 @@ def _box(leader: fx.Node, members: list[fx.Node], order: dict[fx.Node, int], fal
         return Box(kind=Kind.OUTPUT, order=place, title="output")
     if leader.target is ops.QUANTIZE:
         return _quantize_box(leader, place)
+    if leader.target is ops.QUANTIZE_BOTH:
+        return _quantize_both_box(leader, place)
     if leader.target is ops.HADAMARD:
         return Box(kind=Kind.ROTATE, order=place, title=f"hadamard {leader.args[2]}", details=(shape,), module=module, backward=backward)
     if site is not None:
@@ -225,6 +227,19 @@ def _quantize_box(node: fx.Node, place: int) -> Box:
         order=place,
         title=f"quantize {config.describe()}",
         details=(short_type(fake_of(source)) + along,),
+        module=module_of(node)[0],
+        backward=is_backward(node),
+    )
+
+
+def _quantize_both_box(node: fx.Node, place: int) -> Box:
+    arguments: tuple[Any, ...] = node.args
+    row, column = ops.config_of(*arguments[1:8]), ops.config_of(*arguments[8:15])
+    return Box(
+        kind=Kind.QUANTIZE,
+        order=place,
+        title=f"quantize {row.describe()}",
+        details=(short_type(fake_of(arguments[0])), f"and {column.describe()} along columns"),
         module=module_of(node)[0],
         backward=is_backward(node),
     )
