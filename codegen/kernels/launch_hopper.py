@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -48,17 +48,14 @@ class HopperTile:
         }  # fmt: skip
 
 
-def _tile(block_m: int, block_n: int, splits: int) -> HopperTile:
-    """The stages that fit, and the registers that neither kind of warp spills."""
-    if block_m == 128:
-        return HopperTile(
-            block_m=128, block_n=256, x_stages=3, code_stages=2, warps=8, decode_warps=4, registers=128, parts=2, splits=splits
-        )  # fmt: skip
-    if block_n == 256:
-        return HopperTile(block_m=64, block_n=256, x_stages=4, code_stages=2, warps=4, decode_warps=8, registers=160, splits=splits)
-    return HopperTile(
-        block_m=64, block_n=128, x_stages=3, code_stages=2, warps=4, decode_warps=4, registers=112, most_registers=128, splits=splits
-    )  # fmt: skip
+# The stages that fit into shared memory, and registers that neither kind of warp spills. `_SHORT_NARROW` fits twice.
+_SHORT_NARROW: Final = HopperTile(
+    block_m=64, block_n=128, x_stages=3, code_stages=2, warps=4, decode_warps=4, registers=112, most_registers=128
+)  # fmt: skip
+_SHORT: Final = HopperTile(block_m=64, block_n=256, x_stages=4, code_stages=2, warps=4, decode_warps=8, registers=160)
+_TALL: Final = HopperTile(block_m=128, block_n=256, x_stages=3, code_stages=2, warps=8, decode_warps=4, registers=128, parts=2)
+_LARGE: Final = HopperTile(block_m=256, block_n=128, x_stages=4, code_stages=2, warps=8, decode_warps=4, registers=128)
+TILES: Final = (_SHORT_NARROW, _SHORT, _TALL, _LARGE)
 
 
 def multiply_hopper(
@@ -109,13 +106,16 @@ def multiply_groups_hopper(
 
 
 def choose_hopper_tile(m: int, n: int, padded_k: int, processors: int) -> HopperTile:
-    """As many rows of the weight a tile as registers allow, for x is what the L2 cache has to send most of; splits where tiles are few."""
-    block_m, block_n = (64, 128) if m <= 64 and n < 192 * processors else (64, 256) if m <= 64 else (128, 256)
-    tiles = -(-m // block_m) * -(-n // block_n)
+    """The tile for `m` rows of x: what is decoded once should meet many, and splits of k where tiles are too few for `processors`."""
+    if m <= 64:
+        tile = _SHORT if n >= 192 * processors else _SHORT_NARROW
+    else:
+        tile = _TALL if m <= 128 else _LARGE
+    tiles = -(-m // tile.block_m) * -(-n // tile.block_n)
     splits = 1
     while 2 * tiles * splits <= processors and padded_k // (2 * splits) >= 512:
         splits *= 2
-    return _tile(block_m, block_n, splits)
+    return replace(tile, splits=splits)
 
 
 def _descriptors(x: Tensor, codes: Tensor, scales: Tensor, tile: HopperTile) -> tuple[Any, Any, Any]:

@@ -32,7 +32,7 @@ _PACKAGE = link_package()
 
 from fp4compile.codegen import ops  # noqa: E402, F401 (after link_package; registers the operators)
 from fp4compile.codegen.kernels.decode_mm import choose_tile, decode_mm  # noqa: E402
-from fp4compile.codegen.kernels.launch_hopper import HopperTile, multiply_hopper  # noqa: E402
+from fp4compile.codegen.kernels.launch_hopper import TILES, HopperTile, multiply_hopper  # noqa: E402
 from fp4compile.codegen.reference.block import dequantize_ref  # noqa: E402
 from fp4compile.codegen.reference.grouped import scaled_grouped_mm_ref  # noqa: E402
 from fp4compile.codegen.reference.layout import lay_out_ref  # noqa: E402
@@ -46,12 +46,12 @@ WORST_ERROR = 5e-4  # norm ratio against float64 of the exact dequants, float32 
 REPEATS = 200
 MM, GROUPED = torch.ops.fp4.scaled_mm, torch.ops.fp4.scaled_grouped_mm
 
-_SMALL = HopperTile(block_m=64, block_n=128, x_stages=3, code_stages=2, warps=4, decode_warps=4, registers=112, most_registers=128)
-_TALL = HopperTile(block_m=64, block_n=256, x_stages=4, code_stages=2, warps=4, decode_warps=8, registers=160)
-_LARGE = HopperTile(block_m=128, block_n=256, x_stages=3, code_stages=2, warps=8, decode_warps=4, registers=128, parts=2)
-TILES = (
-    _SMALL, replace(_SMALL, parts=2, registers=96), _TALL, replace(_TALL, decode_warps=4, registers=168, parts=2), _LARGE,
-)  # fmt: skip
+OTHER_TILES = (
+    replace(TILES[1], x_stages=3, code_stages=3),
+    HopperTile(block_m=128, block_n=128, x_stages=4, code_stages=4, warps=8, decode_warps=8, registers=88),
+    HopperTile(block_m=128, block_n=128, x_stages=4, code_stages=4, warps=8, decode_warps=4, registers=128),
+    HopperTile(block_m=64, block_n=64, x_stages=3, code_stages=3, warps=4, decode_warps=4, registers=96, most_registers=96),
+)
 
 
 def exact(
@@ -126,7 +126,7 @@ def checks() -> dict[str, Callable[[], float]]:
         every[f"{m}x{n}x{k} {a} x {b}"] = functools.partial(exact, m, n, k, a, b)
     for m in (1, 16, 32, 64, 128, 256, 1024):
         every[f"{REPEATS} runs, M={m}"] = functools.partial(exact, m, 4096, 4096, "bf16", "nvfp4", tiled=True, repeats=REPEATS)
-    for tile, splits in itertools.product(TILES, (1, 3)):
+    for tile, splits in itertools.product((*TILES, *OTHER_TILES), (1, 3)):
         one = replace(tile, splits=splits)
         every[f"{one}"] = functools.partial(exact, 200, 1040, 1040, "bf16", "nvfp4", tiled=True, repeats=20, tile=one)
     for a, tiled, ends in itertools.product(("bf16", "nvfp4"), (False, True), ((0, 2, 2, 7), (5, 80, 300, 301))):
@@ -192,7 +192,7 @@ def measure(n: int, k: int, rows: tuple[int, ...], tiles: bool) -> Iterator[dict
         if m in (1, 64, 4096):
             calls["w4a4 tiled"] = [functools.partial(MM, *quantized, *w, scale, None, k, torch.bfloat16, b_layout="tiled") for w in tiled]
             calls["w4a4 plain"] = [functools.partial(MM, *quantized, *w, scale, None, k, torch.bfloat16) for w in plain]
-        for tile in TILES if tiles and m >= 16 else ():
+        for tile in (*TILES, *OTHER_TILES) if tiles and m >= 16 else ():
             programs = -(-n // tile.block_n) * -(-m // tile.block_m)
             for splits in (1, 2, 4) if programs <= 66 else (1,):
                 if m >= tile.block_m // 2 and m <= 16 * tile.block_m:

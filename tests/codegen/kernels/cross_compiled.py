@@ -15,6 +15,8 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon import nvidia as gluon_nvidia
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -23,7 +25,7 @@ ELEMENTS = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float8_e4m3fn: "fp8e4nv",
     torch.uint8: "u8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
-OPTIONS = {"num_warps", "num_stages", "enable_fp_fusion"}
+OPTIONS = {"num_warps", "num_stages", "enable_fp_fusion", "maxnreg"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +46,14 @@ class Launch:
             whole = isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0)
             if whole and not parameter.do_not_specialize_on_alignment:
                 attributes[(i,)] = [["tt.divisibility", 16]]
-        source = ASTSource(self.kernel, signature, constants, attributes)
+        kind = GluonASTSource if self.kernel.is_gluon() else ASTSource
+        source = kind(self.kernel, signature, constants, attributes)
         return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=self.options)
 
 
 def _type_of(value: Any) -> str:
+    if isinstance(value, gluon_nvidia.hopper.TensorDescriptor):
+        return f"tensordesc<{ELEMENTS[value.base.dtype]}[{','.join(map(str, value.block_shape))}],{value.layout!r}>"
     if isinstance(value, TensorDescriptor):
         return f"tensordesc<{ELEMENTS[value.base.dtype]}{list(value.block_shape)}>"
     if isinstance(value, Tensor):
