@@ -22,7 +22,7 @@ from fp4compile.codegen.reference.block_scales import multiplier_of
 from fp4compile.codegen.reference.e2m1 import pack_ref
 from fp4compile.codegen.reference.hadamard import hadamard_ref
 
-_COLUMNS_AT_ONCE: Final = 128  # errors reach columns further on as one matrix product
+_COLUMNS_AT_ONCE: Final = 64  # errors reach columns further on as one matrix product
 
 
 class UnusableMoments(Fp4CompileError, ValueError):
@@ -130,11 +130,12 @@ class _Grid:
 
 def _round_columns(w: Tensor, pull: Tensor, grid: _Grid) -> tuple[Tensor, Tensor]:
     """Errors and codes of the columns `w` (N, c), each rounded after the errors before it have changed it."""
-    w = w.clone()
-    y, errors = torch.empty_like(w), torch.empty_like(w)
-    for column in range(w.shape[1]):
-        y[:, column] = w[:, column] * grid.multiplier[:, column]
-        error = w[:, column] - grid.rounded(y[:, column], column) * grid.unit[:, column]
-        errors[:, column] = torch.where(torch.isfinite(error), error, 0.0)  # a block that is not finite stays so, and spoils no other
-        w[:, column + 1 :] -= errors[:, column : column + 1] * pull[column, column + 1 :]
-    return errors, grid.codes(y)
+    rest = w.mT.contiguous()  # (c, N): a column lies in one piece
+    y, errors = torch.empty_like(rest), torch.empty_like(rest)
+    multiplier, unit = grid.multiplier.mT.contiguous(), grid.unit.mT.contiguous()
+    for column in range(len(rest)):
+        torch.mul(rest[column], multiplier[column], out=y[column])
+        error = rest[column] - grid.rounded(y[column], column) * unit[column]
+        errors[column] = torch.where(torch.isfinite(error), error, 0.0)  # a block that is not finite stays so, and spoils no other
+        rest[column + 1 :].addr_(pull[column, column + 1 :], errors[column], alpha=-1)
+    return errors.mT, grid.codes(y.mT)
