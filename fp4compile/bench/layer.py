@@ -26,8 +26,9 @@ from fp4compile.demo.fake_quant import FakeQuantLinear
 Run = Callable[[], Tensor]
 POLICIES: Final = {"nvfp4": QuantConfig(), "nvfp4_a16": None}  # what an activation becomes; the weight is QuantConfig()
 # The difference of one layer to the same numbers computed operator by operator, as a share of the error that FP4 makes in it, when both
-# round to bfloat16 at the same places: right layers stay below 0.1, another format on one operand has 0.68 and more (`demo/check.py`).
-WORST_SHARE: Final = 0.3
+# round to bfloat16 at the same places: right layers have 0.00 to 0.11, and where the largest activation rounds differently, and with it a
+# twentieth of the block scales, 0.3 can be; another format on one operand has 0.68 and more in the median (`demo/check.py`).
+WORST_SHARE: Final = 0.5
 
 
 @torch.no_grad()

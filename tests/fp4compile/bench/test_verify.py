@@ -33,6 +33,7 @@ def test_right_products_pass(case) -> None:
     found = verdict(case)
     assert found.wrong == ""
     assert 0 <= found.errors["float32"] < 1e-6 and 1e-4 < found.errors["bfloat16"] < 4e-3
+    assert case.activation == "fp4" or found.errors["float32, x from 2^-100 to 2^100"] < 1e-6
 
 
 def test_a_tiled_weight_is_measured_as_the_hopper_kernel_reads_it() -> None:
@@ -89,6 +90,14 @@ def test_results_that_differ_from_run_to_run_are_wrong(monkeypatch) -> None:
     runs = iter(range(10))
     spoiled(monkeypatch, "SCALED_MM", lambda out: out + (out.dtype == torch.bfloat16) * next(runs))
     assert verdict(CASES[0]).wrong == "two runs differ"
+
+
+def test_a_product_that_goes_through_float16_is_wrong(monkeypatch) -> None:
+    right = ops.SCALED_MM
+    monkeypatch.setattr(ops, "SCALED_MM", lambda x, *args, **kwargs: right(x.half().bfloat16(), *args, **kwargs))
+    for m in (1, 9):
+        found = verdict(MatmulCase(n=64, k=128, m=m))
+        assert found.errors["float32"] <= 5e-4 and "2^-100 to 2^100: error" in found.wrong
 
 
 def test_nan_is_wrong(monkeypatch) -> None:
