@@ -84,6 +84,7 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList(Block(shape) for _ in range(shape.layers))
         self.norm = RMSNorm(shape.width)
         self.lm_head = nn.Linear(shape.width, vocabulary, bias=False)
+        self.rotation: Tensor  # not part of a checkpoint
         self.register_buffer("rotation", _rotation(sequence, shape.width // shape.heads), persistent=False)
         self._initialize(shape)
 
