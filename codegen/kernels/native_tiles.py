@@ -68,11 +68,13 @@ TCGEN05: Final = Architecture(
             name="128x128", block_r=128, block_c=128, block_k=256, warps=8, stages=4, parts=2, persistent=True, specialized=True,
             one_sum=False,
         ),
+        NativeTile(name="128x256 plain", block_r=128, block_c=256, block_k=256, warps=8, stages=4, parts=4),
         NativeTile(name="128x128 split", block_r=128, block_c=128, block_k=256, warps=8, stages=4, parts=2),
         NativeTile(name="128 rows", block_r=128, block_c=128, block_k=256, warps=8, stages=4, parts=2, swapped=True),
         NativeTile(name="64 rows", block_r=128, block_c=64, block_k=256, warps=4, stages=4, swapped=True),
         NativeTile(name="32 rows", block_r=128, block_c=32, block_k=256, warps=4, stages=5, swapped=True),
         NativeTile(name="16 rows", block_r=128, block_c=16, block_k=256, warps=4, stages=5, swapped=True),
+        NativeTile(name="16 rows deep", block_r=128, block_c=16, block_k=512, warps=4, stages=4, swapped=True),
     ),
 )  # fmt: skip
 # RTX 5090: 1.68 PFLOP/s dense FP4, 1.8 TB/s, 170 SMs at 2.4 GHz.
@@ -93,7 +95,7 @@ _PROGRAM_CLOCKS: Final = 2000  # start, first loads, end of a program: an estima
 _TURN_CLOCKS: Final = 300  # waits of a turn where the warps that multiply also load: an estimate
 _SPLIT_CLOCKS: Final = 4000  # second launch that sums the parts: an estimate
 _MOST_SPLITS: Final = 16
-_FEW_ROWS: Final = 64
+FEW_ROWS: Final = 64
 
 
 def architecture_of(capability: int) -> Architecture | None:
@@ -119,7 +121,7 @@ def plan(architecture: Architecture, m: int, n: int, k: int, *, batch: int = 1, 
     plans = [
         Plan(tile=tile, splits=splits)
         for tile in architecture.tiles
-        if tile.swapped or m > _FEW_ROWS
+        if tile.swapped or m > FEW_ROWS
         for splits in range(1, 1 + (_MOST_SPLITS if may_split and not tile.persistent else 1))
         if splits == 1 or splits <= -(-k // tile.block_k)
     ]

@@ -17,7 +17,7 @@ from fp4compile.codegen.formats import FORMATS, Layout, round_up
 from fp4compile.codegen.kernel_spec import KernelSpec
 from fp4compile.codegen.kernels import launch_native
 from fp4compile.codegen.kernels.launch_native import Winner, key_of
-from fp4compile.codegen.kernels.native_tiles import Architecture, Plan, architecture_of, plan
+from fp4compile.codegen.kernels.native_tiles import FEW_ROWS, Architecture, Plan, architecture_of, plan
 from fp4compile.codegen.reference.layout import lay_out_ref
 from fp4compile.codegen.reference.matmul import scaled_mm_ref
 from fp4compile.codegen.target import processors_of
@@ -87,11 +87,13 @@ def candidates(architecture: Architecture, m: int, n: int, k: int, processors: i
     """The planned choice first, then every tile that is not much wider than `m`, with k whole and in a few parts."""
     seen = dict.fromkeys([Winner.of(plan(architecture, m, n, k, processors=processors))])
     for tile in architecture.tiles:
-        if tile.swapped and (m > 8 * tile.block_c or tile.block_c > max(2 * m, 16)):
+        fits = tile.block_c // 2 < max(m, 16) and m <= 4 * tile.block_c if tile.swapped else m > FEW_ROWS
+        if not fits:
             continue
-        turns = -(-k // tile.block_k)
-        for splits in (1,) if tile.persistent else (1, 2, 4, 8):
-            if splits == 1 or 2 * splits <= turns:
+        rows, columns = (n, m) if tile.swapped else (m, n)
+        full = tile.persistent or -(-rows // tile.block_r) * -(-columns // tile.block_c) >= 2 * processors
+        for splits in (1,) if full else (1, 2, 4, 8):
+            if splits == 1 or 2 * splits * tile.block_k <= k:
                 seen[Winner.of(Plan(tile=tile, splits=splits))] = None
     yield from seen
 

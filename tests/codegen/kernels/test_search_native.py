@@ -42,7 +42,7 @@ def test_candidates_begin_with_the_plan_and_fit_the_rows(architecture: Architect
 
 @pytest.mark.parametrize("fmt", ["nvfp4", "mxfp4"])
 def test_the_fastest_right_tile_is_recorded(monkeypatch: pytest.MonkeyPatch, fmt: str) -> None:
-    clocks = {"16 rows": 3.0, "128x128 split": 1.0, "128x128": 2.0}
+    clocks = {"64 rows": 3.0, "128x128 split": 1.0, "128x128": 2.0}
 
     def product(a, a_scales, a_global, b, b_scales, b_global, bias, k, out_dtype, *, chosen, a_layout, b_layout, **_):
         wrong = 2.0 if chosen.tile.name == "128x128 split" else 1.0  # the fastest of all
@@ -56,12 +56,12 @@ def test_the_fastest_right_tile_is_recorded(monkeypatch: pytest.MonkeyPatch, fmt
     monkeypatch.setattr(launch_native, "scaled_mm", product)
     monkeypatch.setattr(search_native, "microseconds", clock)
     config = QuantConfig(format=fmt)
-    search_native.search(KernelSpec(op="scaled_mm", lhs=config, rhs=config, dtype=torch.bfloat16), 8, 100, 600, CPU)
-    key = key_of(8, 100, 600, config.fmt.block)
+    search_native.search(KernelSpec(op="scaled_mm", lhs=config, rhs=config, dtype=torch.bfloat16), 100, 100, 600, CPU)
+    key = key_of(100, 100, 600, config.fmt.block)
     assert tuning.lookup(CPU, key, (Winner,)) == Winner(name="128x128", splits=1)
     # A second search has nothing to do.
     monkeypatch.setattr(search_native, "candidates", None)
-    search_native.search(KernelSpec(op="scaled_mm", lhs=config, rhs=config, dtype=torch.bfloat16), 8, 100, 600, CPU)
+    search_native.search(KernelSpec(op="scaled_mm", lhs=config, rhs=config, dtype=torch.bfloat16), 100, 100, 600, CPU)
 
 
 def test_grouped_products_and_other_devices_are_not_searched(monkeypatch: pytest.MonkeyPatch) -> None:
