@@ -26,6 +26,12 @@ def _nvfp4_weight_only(spec: KernelSpec) -> bool:
     return spec.lhs is None and spec.rhs is not None and spec.rhs.format == "nvfp4" and spec.dtype in (torch.bfloat16, torch.float16)
 
 
+def _nvfp4_weight(spec: KernelSpec) -> bool:
+    halves = (torch.bfloat16, torch.float16) if spec.lhs is None else (torch.bfloat16, torch.float16, torch.float32)
+    left = spec.lhs is None or spec.lhs.format in ("nvfp4", "mxfp4")
+    return left and spec.rhs is not None and spec.rhs.format == "nvfp4" and spec.dtype in halves
+
+
 def _same_hardware_format(spec: KernelSpec) -> bool:
     return spec.lhs is not None and spec.rhs is not None and spec.lhs.format == spec.rhs.format and spec.rhs.fmt.in_hardware
 
@@ -67,6 +73,10 @@ FAMILIES: Final = (
         name="triton mma.sync", device_type="cuda", ops=_PRODUCTS, folder="kernels", ending=".py", capabilities=(120, 121),
         takes=_same_hardware_format, a_layout=Layout.SWIZZLED, b_layout=Layout.SWIZZLED,
         relies_on=frozenset({Feature.E4M3_SCALED_DOT}), search="fp4compile.codegen.kernels.search_native",
+    ),
+    KernelFamily(
+        name="triton hopper", device_type="cuda", ops=_PRODUCTS, folder="kernels", ending=".py", capabilities=(90,), takes=_nvfp4_weight,
+        b_layout=Layout.TILED, search="fp4compile.codegen.kernels.search_decode",
     ),
     KernelFamily(name="triton emulation", device_type="cuda", ops=_PRODUCTS, folder="kernels", ending=".py"),
 )  # fmt: skip

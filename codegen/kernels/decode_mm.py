@@ -222,10 +222,11 @@ def _tile_for(x: Tensor, n: int, padded_k: int, tiled: bool) -> DecodeTile:
     m = x.shape[0]
     if not x.is_cuda:
         return choose_tile(m, n, padded_k, tiled, 80)  # Triton's interpreter
+    capability = _known_target(x.device).capability
     found = tuning.lookup(x.device, key_of(m, n, padded_k, x.dtype, tiled), KINDS)
-    if found is not None:
+    if found is not None and not (capability == 90 and isinstance(found, WideTile)):
         return found
-    return choose_tile(m, n, padded_k, tiled, _known_target(x.device).capability, processors_of(x.device))
+    return choose_tile(m, n, padded_k, tiled, capability, processors_of(x.device))
 
 
 def choose_tile(m: int, n: int, padded_k: int, tiled: bool, capability: int = 90, processors: int = 132) -> DecodeTile:

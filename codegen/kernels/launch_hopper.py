@@ -55,7 +55,8 @@ _SHORT_NARROW: Final = HopperTile(
 _SHORT: Final = HopperTile(block_m=64, block_n=256, x_stages=4, code_stages=2, warps=4, decode_warps=8, registers=160)
 _TALL: Final = HopperTile(block_m=128, block_n=256, x_stages=3, code_stages=2, warps=8, decode_warps=4, registers=128, parts=2)
 _LARGE: Final = HopperTile(block_m=256, block_n=128, x_stages=4, code_stages=2, warps=8, decode_warps=4, registers=128)
-TILES: Final = (_SHORT_NARROW, _SHORT, _TALL, _LARGE)
+_MIDDLE: Final = HopperTile(block_m=128, block_n=128, x_stages=4, code_stages=4, warps=8, decode_warps=4, registers=128)
+TILES: Final = (_SHORT_NARROW, _SHORT, _MIDDLE, _TALL, _LARGE)
 
 
 def multiply_hopper(
@@ -107,10 +108,11 @@ def multiply_groups_hopper(
 
 def choose_hopper_tile(m: int, n: int, padded_k: int, processors: int) -> HopperTile:
     """The tile for `m` rows of x: what is decoded once should meet many, and splits of k where tiles are too few for `processors`."""
+    many = n >= 100 * processors
     if m <= 64:
-        tile = _SHORT if n >= 192 * processors else _SHORT_NARROW
+        tile = _SHORT if many else _SHORT_NARROW
     else:
-        tile = _TALL if m <= 128 else _LARGE
+        tile = _LARGE if m > 128 else _TALL if many else _MIDDLE
     tiles = -(-m // tile.block_m) * -(-n // tile.block_n)
     splits = 1
     while 2 * tiles * splits <= processors and padded_k // (2 * splits) >= 512:

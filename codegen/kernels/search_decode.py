@@ -17,7 +17,7 @@ from fp4compile.codegen.errors import Fp4CompileError
 from fp4compile.codegen.formats import Layout, round_up
 from fp4compile.codegen.kernel_spec import KernelSpec
 from fp4compile.codegen.kernels.decode_mm import KINDS, DecodeTile, NarrowTile, WideTile, choose_tile, decode_mm, key_of, supports
-from fp4compile.codegen.kernels.launch_hopper import choose_hopper_tile
+from fp4compile.codegen.kernels.launch_hopper import TILES
 from fp4compile.codegen.reference.layout import lay_out_ref
 from fp4compile.codegen.target import processors_of
 from fp4compile.codegen.timing import QUICK, copies_for, microseconds
@@ -54,21 +54,20 @@ def search(spec: KernelSpec, m: int, n: int, k: int, device: torch.device) -> No
             raise WrongTile(tile=tile)
         return microseconds([partial(decode_mm, x, *w, None, None, dtype, n=n, tile=tile) for w in weights], device, QUICK)
 
-    every = dict.fromkeys((chosen, *candidates(m, padded_k, capability, processors)))
+    every = dict.fromkeys((chosen, *candidates(m, padded_k, capability)))
     tuning.search(device, key, every, time, (triton.TritonError, RuntimeError, ValueError))
 
 
-def candidates(m: int, padded_k: int, capability: int, processors: int) -> Iterator[DecodeTile]:
+def candidates(m: int, padded_k: int, capability: int) -> Iterator[DecodeTile]:
     """Tiles worth trying for `m` rows of x: about twenty, for each takes seconds to compile."""
     if m <= 16:
         yield from _narrow(m)
-    if 8 <= m <= 128 and capability in (80, 90):
+    if 8 <= m <= 128 and capability == 80:  # on sm_90 it would leave a dot in flight with its left operand in registers
         yield from _wide(m)
     if m >= 8 and capability == 90:
-        forms = {choose_hopper_tile(rows, n, padded_k, processors) for rows, n in ((64, 1), (64, 1 << 20), (65, 1 << 20))}
-        for form, splits in itertools.product(sorted(forms, key=str), (1, 2, 4)):
-            if (form.block_m <= 64 or m > 32) and (splits == 1 or padded_k // splits >= 512):
-                yield replace(form, splits=splits)
+        for tile, splits in itertools.product(TILES, (1, 2, 4)):
+            if (tile.block_m <= 64 or m > tile.block_m // 2) and (splits == 1 or padded_k // splits >= 512):
+                yield replace(tile, splits=splits)
 
 
 def _narrow(m: int) -> Iterator[NarrowTile]:

@@ -49,7 +49,6 @@ MM, GROUPED = torch.ops.fp4.scaled_mm, torch.ops.fp4.scaled_grouped_mm
 OTHER_TILES = (
     replace(TILES[1], x_stages=3, code_stages=3),
     HopperTile(block_m=128, block_n=128, x_stages=4, code_stages=4, warps=8, decode_warps=8, registers=88),
-    HopperTile(block_m=128, block_n=128, x_stages=4, code_stages=4, warps=8, decode_warps=4, registers=128),
     HopperTile(block_m=64, block_n=64, x_stages=3, code_stages=3, warps=4, decode_warps=4, registers=96, most_registers=96),
 )
 

@@ -52,7 +52,7 @@ def launched(monkeypatch, tmp_path) -> list:
 def test_the_fastest_right_tile_is_recorded_under_what_a_launch_asks_for(launched) -> None:
     search(SPEC, 1, 48, 120, CPU)
     assert tuning.lookup(CPU, key_of(1, 48, 128, torch.bfloat16, tiled=True), KINDS) == BEST
-    assert {*candidates(1, 128, 90, PROCESSORS), choose_tile(1, 48, 128, True)} == set(launched)
+    assert {*candidates(1, 128, 90), choose_tile(1, 48, 128, True)} == set(launched)
 
 
 @pytest.mark.parametrize(("n", "k", "padded"), [(47, 128, 128), (48, 40, 48)])
@@ -84,19 +84,19 @@ def test_what_the_kernels_do_not_serve_is_not_searched(launched, monkeypatch) ->
 @pytest.mark.parametrize("capability", [80, 86, 90])
 @pytest.mark.parametrize("m", [1, 2, 8, 9, 16, 17, 64, 128, 4096])
 def test_candidates_are_few_and_made_for_their_rows_and_device(m, capability) -> None:
-    tiles = list(candidates(m, 8192, capability, PROCESSORS))
+    tiles = list(candidates(m, 8192, capability))
     assert len(tiles) <= 32 and len(set(tiles)) == len(tiles)
     assert tiles or capability != 90
     for tile in tiles:
         if isinstance(tile, NarrowTile):
             assert m <= 8 * tile.column_tiles <= m + 7
         elif isinstance(tile, WideTile):
-            assert capability in (80, 90) and m <= 128
+            assert capability == 80 and m <= 128
             assert tile.stages * tile.chunks * (72 * tile.block_n + 256 * tile.block_m) <= 227 * 1024
         else:
             assert isinstance(tile, HopperTile) and capability == 90
 
 
 def test_k_is_not_split_into_crumbs() -> None:
-    assert {tile.splits for tile in candidates(64, 512, 90, PROCESSORS) if isinstance(tile, HopperTile)} == {1}
-    assert {tile.splits for tile in candidates(64, 2048, 90, PROCESSORS) if isinstance(tile, HopperTile)} == {1, 2, 4}
+    assert {tile.splits for tile in candidates(64, 512, 90) if isinstance(tile, HopperTile)} == {1}
+    assert {tile.splits for tile in candidates(64, 2048, 90) if isinstance(tile, HopperTile)} == {1, 2, 4}
