@@ -22,7 +22,6 @@ SPLITS = {
     "past_a_tile": [17, 18, 18, 32],
 }
 TILES = [(architecture, tile) for architecture in HERE for tile in architecture.tiles if tile.swapped]
-NAMES = [f"sm_{architecture.capabilities[0]}-{tile.name}" for architecture, tile in TILES]
 
 
 def assert_exact(
@@ -39,8 +38,11 @@ def assert_exact(
     assert not first_differences(got, want), first_differences(got, want)
 
 
-@pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize(("architecture", "tile"), TILES, ids=NAMES)
+# Every tile on the hardest splits, every split on one tile.
+CASES = [(*each, split) for each in TILES for split in SPLITS if each[1].name == "16 rows" or split in ("rows_left_over", "past_a_tile")]
+
+
+@pytest.mark.parametrize(("architecture", "tile", "split"), CASES, ids=[f"sm_{a.capabilities[0]}-{t.name}-{s}" for a, t, s in CASES])
 def test_every_split(device: torch.device, architecture: Architecture, tile: NativeTile, split: str) -> None:
     generator = torch.Generator(device).manual_seed(0)
     offs = torch.tensor(SPLITS[split], dtype=torch.int32, device=device)
