@@ -50,7 +50,7 @@ def gptq_ref(
     h = rotated_moments(usable(moments, weight.shape[1], "gptq"), k, config).double()
     _, scales, decode = quantized or quantize_ref(weight, config)
     grid = _Grid.of(scales, decode, config)
-    order = h.diagonal().argsort(descending=True) if by_activation else torch.arange(k, device=h.device)
+    order = h.diagonal().argsort(descending=True, stable=True) if by_activation else torch.arange(k, device=h.device)
     pull = _error_propagation(h[order][:, order], damping).float()
     found = torch.empty(values.shape, dtype=torch.uint8, device=values.device)
     remaining = values[:, order]

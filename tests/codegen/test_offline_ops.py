@@ -48,6 +48,19 @@ def test_the_operator_is_the_reference(config: QuantConfig, axis: int):
     assert [(t.shape, t.dtype, t.stride()) for t in fake] == [(t.shape, t.dtype, t.stride()) for t in found]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("config", OFFLINE, ids=QuantConfig.describe)
+def test_a_gpu_chooses_the_same_bits(config: QuantConfig):
+    x = _randn(300, 1000, dtype=torch.bfloat16)
+    found = ops.QUANTIZE(x.cuda(), -1, *ops.quantize_args(config), None)
+    expected = quantize_ref(x, config)
+    if config.scale_rule.startswith("soar"):  # a global scale in closed form, from sums in another order
+        assert torch.allclose(found[2].cpu(), expected[2], rtol=1e-6)
+        assert (found[1].cpu().view(torch.uint8) != expected[1].view(torch.uint8)).float().mean() < 0.001
+    else:
+        assert _same(tuple(t.cpu() for t in found), expected)
+
+
 def test_the_operator_keeps_its_contract():
     for config in (OFFLINE[0], OFFLINE[2]):
         torch.library.opcheck(ops.QUANTIZE, (_randn(19, 40), -1, *ops.quantize_args(config), None))

@@ -181,7 +181,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path(".demo"), help="where the demo keeps its downloads")
     parser.add_argument("--windows", type=int, default=6, help="of 512 tokens each")
     parser.add_argument("--calibrated", action="store_true", help="GPTQ and local_hessian too, which take minutes")
-    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--only", nargs="+", default=[""], help="rows whose name contains one of these")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     reader = open_gguf(fetch(SMOLLM2, args.cache))
@@ -190,7 +190,7 @@ def main() -> None:
     base_logits: list[Tensor] = []
     base = score(model, evaluated, base_logits)
     rows = [row("float32", base, base, 0.0, 0.0)]
-    methods = [m for m in (*W4A16, *W4A4, *(CALIBRATED if args.calibrated else ())) if args.only in m.name]
+    methods = [m for m in (*W4A16, *W4A4, *(CALIBRATED if args.calibrated else ())) if any(part in m.name for part in args.only)]
     moments = input_moments(model, text[1::2]) if any(m.calibrated for m in methods) else {}
     for method in methods:
         start = time.perf_counter()
