@@ -30,8 +30,8 @@ class QTensor:
     """Block-scaled 4-bit values of a tensor of `shape`, quantized along `axis`, its dimension K; R is the other of the last two.
 
     codes: uint8 (..., R, Kp/2), the even index in the low nibble; Kp is K padded with zeros to whole blocks.
-    scales: float8_e4m3fn (..., R, Kp/16), or float8_e8m0fnu (..., R, Kp/32) for MXFP4; plain row-major. Formats with two kinds of blocks have
-    uint8 (mixfp4, nvint4) or int8 (if4): an e4m3 magnitude, and in the sign bit whether the block holds integers.
+    scales: float8_e4m3fn (..., R, Kp/16), or float8_e8m0fnu (..., R, Kp/32) for MXFP4; plain row-major. Formats with two kinds of blocks
+    have uint8 (mixfp4, nvint4) or int8 (if4): an e4m3 magnitude, and in the sign bit whether the block holds integers.
     global_scale: float32, multiplies after decoding; one a matrix, or one a row.
     """
 
