@@ -64,7 +64,7 @@ def test_loss_goes_down_and_nvfp4_stays_close(text: Path, tmp_path: Path) -> Non
     logs = {name: log_of(tmp_path / name) for name in rows}
     for name, log in logs.items():
         losses = [row["loss"] for row in log if "loss" in row]
-        assert len(losses) == 20_000 // (4 * 64) and losses[0] == pytest.approx(math.log(512), abs=0.15), name
+        assert len(losses) == 20_000 // (4 * 64) and losses[0] == pytest.approx(math.log(512), abs=0.3), name
         assert sum(losses[-8:]) / 8 < losses[0] - 1.2, name
     heldout = {name: log[-1]["heldout"] for name, log in logs.items()}
     assert 0 < abs(heldout["nvfp4_train"] / heldout["bf16"] - 1) < 0.03
