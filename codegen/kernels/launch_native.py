@@ -144,7 +144,7 @@ def scaled_mm(
     left = NativeOperand.of(a, a_scales, a_global, a_layout, batch, k)
     right = NativeOperand.of(b, b_scales, b_global, b_layout, batch, k)
     flat = out.view(batch.numel(), left.rows, right.rows)
-    bias = None if bias is None else bias.expand(out.shape).reshape(flat.shape)
+    bias = None if bias is None else _spread(bias.expand(out.shape).reshape(flat.shape))
     chosen = chosen or _planned(architecture, left, right, bias, k, flat.shape[0], processors)
     sms = processors or architecture.processors
     if chosen.splits == 1:
@@ -226,6 +226,11 @@ def _as_triton(scales: Tensor) -> Tensor:
 
 def is_vector(global_scale: Tensor | None) -> bool:
     return global_scale is not None and global_scale.shape[1] > 1
+
+
+def _spread(bias: Tensor) -> Tensor:
+    """`bias` with stride 0 wherever one element serves a dimension; torch gives a dimension of one element any stride."""
+    return bias.as_strided(bias.shape, [0 if size == 1 else stride for size, stride in zip(bias.shape, bias.stride(), strict=True)])
 
 
 def _bias_kind(bias: Tensor | None, swapped: bool) -> str:

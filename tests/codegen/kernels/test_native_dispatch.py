@@ -7,7 +7,7 @@ import torch
 
 from fp4compile.codegen.formats import Layout, QuantConfig
 from fp4compile.codegen.kernel_spec import KernelSpec
-from fp4compile.codegen.kernels import launch
+from fp4compile.codegen.kernels import launch, launch_native
 from fp4compile.codegen.reference.layout import lay_out_ref
 from fp4compile.codegen.registry import kernel_for, layouts_for
 from fp4compile.codegen.target import Target
@@ -53,6 +53,22 @@ def test_w4a4_is_native(capability: int, fmt: str, layout: str, monkeypatch: pyt
         assert kernel_for(spec, target) == NATIVE[capability]
         assert layouts_for(spec, target) == (Layout.SWIZZLED, Layout.SWIZZLED)
         assert kernel in kernels_on(capability, fmt, fmt, monkeypatch, layout=layout, groups=groups)
+
+
+@pytest.mark.parametrize("shape", [(4096,), (1, 4096), ()], ids=str)
+def test_a_bias_of_one_row_of_x_keeps_k_split(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch gives the dimension of one row a stride; taken for a bias of each element, it would forbid the split."""
+    a, b = operand("nvfp4", 1, Layout.PLAIN), operand("nvfp4", 4096, Layout.PLAIN)
+    found = launches_of(
+        lambda: launch_native.scaled_mm(*a, *b, torch.zeros(shape), K, torch.bfloat16, capability=100, chosen=None), monkeypatch
+    )
+    assert found[-1].arguments["BIAS"] == "row"
+    deep = a[0].new_zeros(1, 4096), a[1].view(torch.uint8).new_zeros(1, 512).view(torch.float8_e4m3fn), None
+    wide = torch.zeros(4096, 4096, dtype=torch.uint8), torch.zeros(4096, 512, dtype=torch.uint8).view(torch.float8_e4m3fn), None
+    found = launches_of(
+        lambda: launch_native.scaled_mm(*deep, *wide, torch.zeros(shape), 8192, torch.bfloat16, capability=100), monkeypatch
+    )
+    assert [each.kernel.fn.__name__ for each in found] == ["sum_splits_kernel", "native_mm_kernel"]
 
 
 def test_what_is_not_native_is_not_called_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,6 +74,9 @@ def test_the_epilogue_rounds_in_the_fixed_order(
     for bias in (None, *biases):
         assert_exact(a, b, 48, bias, out_dtype, architecture=architecture, tile=tile)
         assert_exact(a, b, 48, None if bias is None else bias.bfloat16(), out_dtype, architecture=architecture, tile=tile)
+    single = exact_side("nvfp4", (1, 48), generator, global_scale=granularity[0])
+    for shape in ((24,), (1, 24), ()):
+        assert_exact(single, b, 48, torch.randn(shape, generator=generator, device=device), out_dtype, architecture=architecture, tile=tile)
 
 
 @pytest.mark.parametrize("layout", [Layout.PLAIN, Layout.SWIZZLED])
