@@ -17,7 +17,7 @@ from torch import Tensor
 from fp4compile.codegen import tuning
 from fp4compile.codegen.errors import UnsupportedDtype
 from fp4compile.codegen.formats import Layout, round_up
-from fp4compile.codegen.kernels.launch_dequantize import tile_on_device
+from fp4compile.codegen.kernels.launch_dequantize import on_device, tile_on_device
 from fp4compile.codegen.kernels.launch_hopper import HopperTile, choose_hopper_tile, multiply_hopper
 from fp4compile.codegen.kernels.narrow_decode_mm import narrow_decode_mm_kernel
 from fp4compile.codegen.kernels.wide_decode_mm import pair_columns_kernel, wide_decode_mm_kernel
@@ -171,7 +171,7 @@ def _launch(
     if not (codes.is_contiguous() and scales.is_contiguous()):
         codes, scales = codes.contiguous(), scales.contiguous()
     out = x.new_empty((x.shape[0], n), dtype=out_dtype)
-    with torch.cuda.device_of(x):
+    with on_device(x):
         if isinstance(tile, HopperTile):
             multiply_hopper(x, codes, scales, *epilogue.arguments(), out, tile)
             return out
@@ -202,7 +202,7 @@ def _launch_wide(
     m, n = out.shape
     paired = x.new_empty((m, round_up(padded_k, 128 * tile.chunks)))
     pair_columns_kernel[(m, -(-paired.shape[1] // 1024))](
-        x, paired, x.shape[1], *x.stride(), paired.shape[1], PDL=options["PDL"], num_warps=4, **pdl
+        x, paired, x.shape[1], *x.stride(), paired.shape[1], PDL=options["PDL"], num_warps=4, enable_fp_fusion=False, **pdl
     )
     words, scale_words = codes.view(torch.int32), scales.view(torch.int32 if codes.ndim == 3 else torch.int16)
     wide_decode_mm_kernel[(-(-n // tile.block_n), -(-m // tile.block_m))](

@@ -15,8 +15,8 @@ from fp4compile.codegen.kernels._tile_scale import decode_e4m3, decode_e8m0
 
 @triton.jit
 def dequantize_kernel(
-    codes_ptr, scales_ptr, out_ptr, rows, k, codes_stride_b, codes_stride_r, codes_stride_k, scales_stride_b, scales_stride_r, scales_stride_k,
-    width, NVFP4: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    codes_ptr, scales_ptr, out_ptr, rows, k, codes_stride_b, codes_stride_r, codes_stride_k,
+    scales_stride_b, scales_stride_r, scales_stride_k, width, NVFP4: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out (batch, `rows`, `width`) contiguous: values of codes (batch, `rows`, Kp/2); zero from column `k` on. Scales are bytes."""
     BLOCK: tl.constexpr = 16 if NVFP4 else 32

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fp4compile.codegen.formats import Layout
+from fp4compile.codegen.kernels.launch_dequantize import on_device
 from fp4compile.codegen.kernels.launch_matmul import Operand, multiply, multiply_grouped
 from fp4compile.codegen.kernels.launch_native import scaled_mm as native_scaled_mm
 from fp4compile.codegen.kernels.launch_native import serves
@@ -46,7 +47,8 @@ def scaled_mm(
                 a_layout=a_layout, b_layout=b_layout, capability=target.capability, processors=processors_of(a.device),
             )  # fmt: skip
     if serves_weight(a, a_scales, b, b_scales, (a_layout, b_layout), int(k), target.capability):
-        return multiply_weight(a, a_scales, a_global, b, b_scales, b_global, bias, int(k), out_dtype)  # type: ignore[arg-type]
+        with on_device(a):
+            return multiply_weight(a, a_scales, a_global, b, b_scales, b_global, bias, int(k), out_dtype)  # type: ignore[arg-type]
     if a_scales is not None:
         a, a_scales = plain_ref(a, a_scales, a_layout)
     if b_scales is not None:
@@ -93,7 +95,8 @@ def scaled_grouped_mm(
                 a_layout=a_layout, b_layout=b_layout, capability=target.capability,
             )  # fmt: skip
     if serves_weight(a, a_scales, b, b_scales, (a_layout, b_layout), int(k), target.capability, groups=True):
-        return multiply_expert_weights(a, a_scales, a_global, b, b_scales, b_global, offs, int(k), out_dtype)  # type: ignore[arg-type]
+        with on_device(a):
+            return multiply_expert_weights(a, a_scales, a_global, b, b_scales, b_global, offs, int(k), out_dtype)  # type: ignore[arg-type]
     if a_scales is not None:
         a, a_scales = plain_ref(a, a_scales, a_layout)
     if b_scales is not None:

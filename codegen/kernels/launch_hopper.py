@@ -96,7 +96,8 @@ def multiply_groups_hopper(
     row_tiles = -(-m // tile.block_m) + groups
     described = torch.empty((row_tiles, 3), dtype=torch.int32, device=x.device)
     group_tiles_kernel[(row_tiles,)](
-        offs, offs.stride(0), described, m, groups, BLOCK_G=1 << groups.bit_length(), BLOCK_M=tile.block_m, num_warps=1
+        offs, offs.stride(0), described, m, groups, BLOCK_G=1 << groups.bit_length(), BLOCK_M=tile.block_m,
+        num_warps=1, enable_fp_fusion=False,
     )  # fmt: skip
     per_row = b_global is not None and b_global.ndim == 2
     hopper_mm_kernel[(row_tiles * -(-n // tile.block_n), 1)](

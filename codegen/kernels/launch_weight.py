@@ -44,7 +44,7 @@ def multiply_weight(
     if a_global is not None:
         a_global = _by_row(a_global, shape)
     x = (a if a_scales is None else dequantize(a, a_scales, k, torch.bfloat16)).flatten(0, -2)
-    if bias is None or bias.shape[-1] == bias.numel() == n:
+    if bias is None or (bias.ndim and bias.shape[-1] == bias.numel() == n):
         vector = None if bias is None else bias.reshape(n).contiguous()
         return decode_mm(x, codes, scales, b_global, vector, out_dtype, n=n, a_global=a_global).view(*shape, n)
     out = decode_mm(x, codes, scales, b_global, None, torch.float32, n=n, a_global=a_global).view(*shape, n)

@@ -17,6 +17,7 @@ RUN_KERNELS = [
     "test_scaled_mm.py",
     "test_grouped.py",
     "test_flagged_mm.py",
+    "test_weight_products.py",
     "test_native_mm.py",
     "test_native_grouped.py",
 ]

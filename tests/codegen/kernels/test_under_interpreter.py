@@ -15,6 +15,7 @@ HERE = Path(__file__).parent
 FILES = [
     "test_quantize_exact.py",
     "test_scaled_mm.py",
+    "test_weight_products.py",
     "test_grouped.py",
     "test_flagged_mm.py",
     "test_native_mm.py",

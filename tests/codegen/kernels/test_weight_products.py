@@ -58,12 +58,12 @@ def test_a_weight_under_any_rows(device: torch.device, left: str, layout: Layout
         agree(got, scaled_mm_ref(*a.arguments(), *b.arguments(), bias, k, torch.float32))
 
 
-@pytest.mark.parametrize("shape", [(12,), (1,), (3, 4, 12), (4, 1), (1, 12), (3, 1, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(12,), (1,), (), (3, 4, 12), (4, 1), (1, 12), (3, 1, 1)], ids=str)
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_any_bias_and_batch(device: torch.device, shape: tuple[int, ...], out_dtype: torch.dtype) -> None:
     generator = torch.Generator(device).manual_seed(1)
     a, b = exact_side("bf16", (3, 4, 48), generator), exact_side("nvfp4", (12, 48), generator, global_scale="tensor")
-    bias = torch.randn(*shape, generator=generator, device=device)
+    bias = torch.randn(shape, generator=generator, device=device)
     got = launch.scaled_mm(*a.arguments(), *b.arguments(), bias, 48, out_dtype)
     agree(got, scaled_mm_ref(*a.arguments(), *b.arguments(), bias, 48, out_dtype))
 
