@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from torch import nn
 
 import fp4compile
 from fp4compile.codegen.errors import IllegalCombination
-from fp4compile.codegen.formats import QuantConfig
+from fp4compile.codegen.formats import FORMATS, QuantConfig, ScaleRule
 from fp4compile.demo.fake_quant import FakeQuantLinear
 from fp4compile.passes.site import OperandKind
 from fp4compile.policy.load import load_policy
@@ -44,6 +46,14 @@ def test_what_an_example_policy_means(name: str):
     decisions = policy.decide(llama(), training=False)
     assert expected in [d.configs for d in decisions] and {} in [d.configs for d in decisions]  # heads stay high
     assert load_policy({"version": 1, "extends": str(POLICIES / f"{name}.toml")}).base == policy.base
+
+
+def test_the_page_of_methods_is_true():
+    page = (POLICIES.parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")
+    examples = re.findall(r"^```toml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert examples and all(load_policy(tomllib.loads(example)).fingerprint() for example in examples)
+    offline = [rule for rule in ScaleRule if not rule.startswith(("amax", "four_over_six"))]
+    assert all(f'"{name}"' in page for name in (*offline, *(f for f, fmt in FORMATS.items() if fmt.flagged_values)))
 
 
 class Mlp(nn.Module):
