@@ -94,7 +94,8 @@ def precision_text(site: Site, plan: Plan) -> str:
 
 def operands_text(plan: Plan) -> str:
     """What the two operands get beyond plain blocks and nearest rounding, left factor first."""
-    if all(config is None or config.describe() == config.format for config in (plan.lhs, plan.rhs)):
+    given = [config for config in (plan.lhs, plan.rhs) if config is not None]
+    if all(config.describe() == given[0].format for config in given):
         return ""
     return " x ".join("high" if config is None else config.describe() for config in (plan.lhs, plan.rhs))
 

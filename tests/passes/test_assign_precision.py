@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from fp4compile.passes.assign_precision import AssignPrecision
+from fp4compile.codegen.formats import QuantConfig
+from fp4compile.passes.assign_precision import AssignPrecision, operands_text
 from fp4compile.passes.errors import SiteFellBack
 from fp4compile.passes.find_matmuls import FindMatmuls
 from fp4compile.passes.normalize import Normalize
-from fp4compile.passes.site import Decision
+from fp4compile.passes.site import Decision, Plan
 from tests.passes.harness import W4A4, W4A16, TwoLayers, apply, check_golden, decide_forward
 
 SETUP = [Normalize(), FindMatmuls()]
@@ -65,3 +66,9 @@ def test_a_batch_of_no_rows_is_no_broken_promise() -> None:
         TwoLayers(), torch.randn(0, 32, dtype=torch.bfloat16), setup=[Normalize(), FindMatmuls()], passes=[AssignPrecision()], strict=True
     )
     assert [(r.reason, r.fallback) for r in got.record.sites] == [("a dimension is zero", False)] * 2
+
+
+def test_operands_of_two_formats_are_both_named() -> None:
+    nvfp4, mixfp4 = QuantConfig(), QuantConfig(format="mixfp4")
+    texts = [operands_text(Plan(lhs=lhs, rhs=rhs, rule="", reason="")) for lhs, rhs in ((nvfp4, mixfp4), (nvfp4, nvfp4), (None, mixfp4))]
+    assert texts == ["nvfp4 x mixfp4", "", ""]
