@@ -21,13 +21,14 @@ PAIRS = tl.constexpr(2)
 @triton.jit
 def load_tile(
     x_ptr, row, unit, rows, k, stride_r, stride_k,
-    ACCESS: tl.constexpr, ACROSS: tl.constexpr, UNIT: tl.constexpr, HADAMARD: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+    ACCESS: tl.constexpr, STRIDE_K: tl.constexpr, ACROSS: tl.constexpr, UNIT: tl.constexpr, HADAMARD: tl.constexpr,
+    A: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """float32 [A, B, UNIT] of rows and units starting at `row` and `unit`, rotated and rounded to the input's dtype; zero outside."""
     if ACCESS == QUADS:
         x = _load_quads(x_ptr, row, unit, rows, k, stride_r, UNIT, A, B)
     elif ACCESS == PAIRS:
-        x = _load_pairs(x_ptr, row, unit, rows, k, stride_k, UNIT, A, B)
+        x = _load_pairs(x_ptr, row, unit, rows, k, STRIDE_K, UNIT, A, B)
     else:
         x = _load_elements(x_ptr, row, unit, rows, k, stride_r, stride_k, ACROSS, UNIT, A, B)
     if HADAMARD > 0:
@@ -92,33 +93,28 @@ def _high_half(word, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _load_pairs(x_ptr, row, unit, rows, k, stride_k, UNIT: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
-    """Units across an even number of contiguous rows of 16-bit elements; `stride_k` counts words."""
+def _load_pairs(x_ptr, row, unit, rows, k, STRIDE_K: tl.constexpr, UNIT: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
+    """Whole units across an even number of contiguous rows of 16-bit elements. STRIDE_K, in words, is a constant: it costs nothing."""
     pair = row // 2 + tl.arange(0, B // 2)
-    first_k = (unit + tl.arange(0, A)) * UNIT
-    address = x_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + pair[None, :]
-    words = _load_across(address, first_k, (pair < rows // 2)[None, :], k, stride_k, UNIT, A, B // 2)
+    unit = unit + tl.arange(0, A)
+    first = unit[:, None].to(tl.int64) * (UNIT * STRIDE_K) + pair[None, :]
+    inside = (unit < k // UNIT)[:, None] & (pair < rows // 2)[None, :]
+    words = _load_across(x_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + first, inside, STRIDE_K, UNIT, A, B // 2)
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     both = tl.permute(tl.join(_low_half(words, DTYPE), _high_half(words, DTYPE)), (0, 1, 3, 2))
     return tl.reshape(both, [A, B, UNIT])
 
 
 @triton.jit
-def _load_across(address, first_k, inside, k, stride_k, COUNT: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
-    """int32 [A, B, COUNT] at `first_k` [A] and what follows it, from `address` [1, B] on."""
+def _load_across(address, inside, STRIDE_K: tl.constexpr, COUNT: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
+    """int32 [A, B, COUNT] at every STRIDE_K-th word from `address` [A, B] on."""
     if COUNT == 2:
-        low = _load_at(address, first_k, inside, k, stride_k)
-        high = _load_at(address, first_k + 1, inside, k, stride_k)
-        return tl.join(low, high)
+        return tl.join(tl.load(address, mask=inside, other=0), tl.load(address + STRIDE_K, mask=inside, other=0))
     else:
-        low = _load_across(address, first_k, inside, k, stride_k, COUNT // 2, A, B)
-        high = _load_across(address, first_k + COUNT // 2, inside, k, stride_k, COUNT // 2, A, B)
+        HALF: tl.constexpr = COUNT // 2
+        low = _load_across(address, inside, STRIDE_K, HALF, A, B)
+        high = _load_across(address + HALF * STRIDE_K, inside, STRIDE_K, HALF, A, B)
         return tl.reshape(tl.permute(tl.join(low, high), (0, 1, 3, 2)), [A, B, COUNT])
-
-
-@triton.jit
-def _load_at(address, at_k, inside, k, stride_k):
-    return tl.load(address + at_k[:, None].to(tl.int64) * stride_k, mask=inside & (at_k < k)[:, None], other=0)
 
 
 @triton.jit

@@ -77,16 +77,17 @@ def _nvfp4_blocks(
     else:
         byte_4, scale_4 = round_e4m3(target * 1.5, CAPABILITY)
         scaled = magnitude * encode[:, :, None]
-        value = nearest_values(magnitude * multiplier[:, :, None])
+        value = nearest_values(tl.minimum(magnitude * multiplier[:, :, None], 6.0))
+        # Under a scale of its own the block maximum is at most 6 here, and under the same as above the first wins.
+        differ = byte_4 != byte
         value_4 = nearest_values(magnitude * _multiplier(scale_4, decode, CAPABILITY)[:, :, None])
         # A value times its scale has six significant bits: these FMAs round once, as a product and a difference would.
-        error = block_error(tl.fma(-value, scale[:, :, None], scaled), SCALE_RULE, TILE, A, B)
-        error_4 = block_error(tl.fma(-value_4, scale_4[:, :, None], scaled), SCALE_RULE, TILE, A, B)
-        take_4 = error_4 < error
+        error = block_error(tl.fma(value, -scale[:, :, None], scaled), SCALE_RULE, TILE, A, B)
+        error_4 = block_error(tl.fma(value_4, -scale_4[:, :, None], scaled), SCALE_RULE, TILE, A, B)
+        take_4 = (error_4 < error) & differ
         byte = tl.where(take_4, byte_4, byte)
-        keep = tl.where(take_4, 0.0, 1.1754943508222875e-38)[:, :, None]  # 2^-126
-        keep_4 = tl.where(take_4, 1.1754943508222875e-38, 0.0)[:, :, None]
-        words = words_of_values(tl.fma(value, keep, value_4 * keep_4), x, A, B, 16)
+        value = tl.where(take_4[:, :, None], value_4, value)
+        words = words_of_values(value * 1.1754943508222875e-38, x, CAPABILITY, A, B, 16)  # 2^-126
     words = tl.where((largest != largest)[:, :, None], 0x77777777, words)
     byte = tl.where(largest < float("inf"), byte, 0x7F)
     return _two_words(words), byte
@@ -113,11 +114,11 @@ def _mxfp4_blocks(x, random, STOCHASTIC: tl.constexpr, CAPABILITY: tl.constexpr,
 def _words(x, multiplier, random, STOCHASTIC: tl.constexpr, CAPABILITY: tl.constexpr, A: tl.constexpr, B: tl.constexpr, N: tl.constexpr):
     """int32 [A, B, N / 8], eight codes a word."""
     if STOCHASTIC:
-        return words_of_codes(stochastic_codes(tl.abs(x) * multiplier[:, :, None], random, CAPABILITY), x, A, B, N)
+        return words_of_codes(stochastic_codes(tl.abs(x) * multiplier[:, :, None], random, CAPABILITY), x, CAPABILITY, A, B, N)
     elif CAPABILITY >= 100:
         return words_by_hardware(x * multiplier[:, :, None], A, B, N)
     else:
-        return words_of_codes(nearest_codes(tl.abs(x) * multiplier[:, :, None]), x, A, B, N)
+        return words_of_codes(nearest_codes(tl.abs(x) * multiplier[:, :, None], CAPABILITY), x, CAPABILITY, A, B, N)
 
 
 @triton.jit

@@ -33,11 +33,10 @@ def encode_of(amax_ptr, static_amax, batch, parts, FORMAT: tl.constexpr, BOUND: 
 
 
 @triton.jit
-def store_decode(decode_ptr, decode, batch, first, FORMAT: tl.constexpr):
+def store_decode(decode_ptr, decode, batch, first):
     """Store `decode` [1, 1] of matrix `batch`, from the program whose `first` is 0."""
-    if FORMAT == "nvfp4":
-        first = tl.zeros([1, 1], tl.int32) + first
-        tl.store(decode_ptr + batch + 0 * first, decode, mask=first == 0)
+    first = tl.zeros([1, 1], tl.int32) + first
+    tl.store(decode_ptr + batch + 0 * first, decode, mask=first == 0)
 
 
 @triton.jit

@@ -17,19 +17,21 @@ from torch import Tensor
 
 from fp4compile.codegen.errors import UnsupportedDtype
 from fp4compile.codegen.formats import E2M1_MAX, GlobalScale, Layout, QuantConfig, Rounding, round_up
+from fp4compile.codegen.kernels.kernel_call import KernelCall
 from fp4compile.codegen.kernels.quantize import amax_kernel, hadamard_kernel, quantize_here_kernel, quantize_kernel
-from fp4compile.codegen.kernels.quantize_tiles import Tile, View, multiprocessors, power_of_two, tile_of
+from fp4compile.codegen.kernels.quantize_tiles import Tile, View, multiprocessors, power_of_two, steps, tile_of, tile_of_rows
 from fp4compile.codegen.reference.layout import laid_out_shapes, lay_out_ref
 from fp4compile.codegen.target import target_of
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 OPTIONS: Final = {"num_stages": 1, "enable_fp_fusion": False}  # FMA would change bits
-_UNITS_IN_ONE_PROGRAM: Final = 2048  # 64 KiB of bfloat16: a whole matrix in the registers of 16 warps
+PROGRAMS_A_PROCESSOR: Final = 8
+_TILES_OF_A_SMALL_MATRIX: Final = 16  # that every program reads to find the maximum by itself
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Everything about a quantization that its tensor's shape and strides decide."""
+    """Everything about a quantization that its tensor's dtype, shape and strides decide."""
 
     config: QuantConfig
     view: View
@@ -56,63 +58,102 @@ class Plan:
 
     @functools.cached_property
     def extent(self) -> tuple[int, int]:
-        """(rows, units) that tiles must cover."""
+        """(rows, units) that tiles must cover, the padding of scales included."""
         rows, groups = self.span
         return rows, -(-groups * self.config.fmt.block // self.unit)
 
+    @property
+    def content(self) -> tuple[int, int]:
+        """(rows, units) of x."""
+        return self.view.rows, self.padded_k // self.unit
+
+    @property
+    def needs_amax(self) -> bool:
+        return self.config.fmt.has_global_scale and self.config.global_scale is GlobalScale.TENSOR
+
     @functools.cached_property
     def finds_amax_here(self) -> bool:
-        """Whether the kernel that quantizes can find the maximum of its rows, or of a small matrix, by itself."""
-        if not self.config.fmt.has_global_scale or self.config.global_scale is GlobalScale.STATIC:
-            return False
-        rows, units = self.extent
-        return self.config.global_scale is GlobalScale.ROW or power_of_two(rows) * power_of_two(units) <= _UNITS_IN_ONE_PROGRAM
+        """Whether the kernel that quantizes finds the maximum of its rows, or of a small matrix, by itself."""
+        if self.config.fmt.has_global_scale and self.config.global_scale is GlobalScale.ROW:
+            return True
+        a_tiles, b_tiles = self.tiles(self.tile, self.content)
+        return self.needs_amax and a_tiles * b_tiles <= _TILES_OF_A_SMALL_MATRIX
 
     @functools.cached_property
     def tile(self) -> Tile:
-        rows, units = self.extent
-        is_tile = self.config.is_tile
-        if not self.finds_amax_here:
-            return tile_of(self.view, self.unit, rows, units, is_tile=is_tile)
-        if self.config.global_scale is GlobalScale.ROW:
-            return _tile_of_rows(self.view, self.unit, rows, units)
-        rows, units = max(power_of_two(rows), 16 if is_tile or self.view.across else 1), power_of_two(units)
-        a, b = (units, rows) if self.view.across else (rows, units)
-        return Tile(a=a, b=b, warps=min(16, max(4, a * b * self.unit // 2048)))
+        config, (rows, units) = self.config, self.extent
+        if config.global_scale is GlobalScale.ROW and not (self.view.across or config.scale_rule.tries_two):
+            return tile_of_rows(self.view, self.unit, rows, units)
+        elements, warps = 4096, None
+        if config.is_tile or config.scale_rule.tries_two:
+            elements, warps = 4096 if config.is_tile else 2048, 4
+        return tile_of(self.view, self.unit, rows, units, is_tile=config.is_tile, elements=elements, warps=warps)
 
-    def tiles(self, tile: Tile) -> tuple[int, int]:
-        """How many of them along (rows, units)."""
-        rows, units = self.extent
-        a, b = (tile.b, tile.a) if self.view.across else (tile.a, tile.b)
-        return -(-rows // a), -(-units // b)
+    def tiles(self, tile: Tile, extent: tuple[int, int]) -> tuple[int, int]:
+        """How many of them along their first and second dimension cover `extent`, (rows, units)."""
+        rows, units = extent
+        a, b = (units, rows) if self.view.across else (rows, units)
+        return -(-a // tile.a), -(-b // tile.b)
 
     @functools.cached_property
     def reading(self) -> dict[str, Any]:
-        """How the kernel loads, apart from its tile."""
-        return {"ACCESS": self.view.access(self.unit), "ACROSS": self.view.across, "UNIT": self.unit, "HADAMARD": self.config.hadamard}
-
-    @functools.cached_property
-    def arithmetic(self) -> dict[str, Any]:
-        config = self.config
+        """How kernels load, apart from their tiles."""
+        view, access = self.view, self.view.access(self.unit)
+        stride_b, stride_r, stride_k = view.strides(access)
         return {
-            "BOUND": E2M1_MAX * config.scale_rule.e4m3_bound, "IS_TILE": config.is_tile, "SCALE_RULE": str(config.scale_rule),
-            "STOCHASTIC": config.rounding is Rounding.STOCHASTIC, "SWIZZLED": self.swizzled, "CAPABILITY": self.capability,
+            "rows": view.rows, "k": view.k, "stride_b": stride_b, "stride_r": stride_r, "stride_k": stride_k, "ACCESS": access,
+            "STRIDE_K": view.constant_stride(access), "ACROSS": view.across, "UNIT": self.unit, "HADAMARD": self.config.hadamard,
         }  # fmt: skip
 
     @functools.cached_property
-    def strides(self) -> tuple[int, int, int]:
-        return self.view.strides(self.view.access(self.unit))
+    def arithmetic(self) -> dict[str, Any]:
+        config, (row_span, group_span) = self.config, self.span
+        return {
+            "groups": self.groups, "row_span": row_span, "group_span": group_span, "BOUND": E2M1_MAX * config.scale_rule.e4m3_bound,
+            "IS_TILE": config.is_tile, "SCALE_RULE": str(config.scale_rule), "STOCHASTIC": config.rounding is Rounding.STOCHASTIC,
+            "SWIZZLED": self.swizzled, "CAPABILITY": self.capability,
+        }  # fmt: skip
 
+    @functools.cached_property
+    def quantize(self) -> KernelCall:
+        """The kernel that quantizes, on x, the maxima where it does not find them, seed, codes, scales and decode multipliers."""
+        tile = self.tile
+        a_tiles, b_tiles = self.tiles(tile, self.extent)
+        numbers = {"A": tile.a, "B": tile.b} | self.arithmetic | self.reading
+        options = {"num_warps": tile.warps} | OPTIONS
+        if self.finds_amax_here:
+            row_tiles, unit_tiles = (b_tiles, a_tiles) if self.view.across else (a_tiles, b_tiles)
+            per_row = self.config.global_scale is GlobalScale.ROW
+            grid = (row_tiles, self.view.batch)
+            read = self.tiles(tile, self.content)[1 if self.view.across else 0]
+            return KernelCall(quantize_here_kernel, grid, options, PER_ROW=per_row, ROW_TILES=read, UNIT_TILES=unit_tiles, **numbers)
+        programs = steps(a_tiles, b_tiles, self.view.batch, self.processors * PROGRAMS_A_PROCESSOR)
+        parts = self.amax_grid[0] * self.amax_grid[1] if self.needs_amax else 1
+        return KernelCall(
+            quantize_kernel, (b_tiles, programs, self.view.batch), options, static_amax=self.config.static_amax or 0.0, parts=parts,
+            a_tiles=a_tiles, FORMAT=self.config.format, MOST_PARTS=power_of_two(parts), **numbers,
+        )  # fmt: skip
 
-def _tile_of_rows(view: View, unit: int, rows: int, units: int) -> Tile:
-    """Whole rows where they fit into the registers of 8 warps, else steps that a program takes along them."""
-    if view.across:
-        return tile_of(view, unit, rows, units, is_tile=False)
-    whole = power_of_two(units)
-    if whole * 4 <= units * 5 and whole * unit <= 32768:
-        warps = 4 if whole * unit <= 4096 else 8
-        return Tile(a=min(max(4096 // (whole * unit), 1), power_of_two(rows)), b=whole, warps=warps)
-    return tile_of(view, unit, 1, units, is_tile=False)
+    @functools.cached_property
+    def amax_tile(self) -> Tile:
+        return tile_of(self.view, self.unit, *self.content, is_tile=False, elements=8192, warps=4)
+
+    @functools.cached_property
+    def amax_grid(self) -> tuple[int, int, int]:
+        a_tiles, b_tiles = self.tiles(self.amax_tile, self.content)
+        return b_tiles, steps(a_tiles, b_tiles, self.view.batch, self.processors * 4), self.view.batch
+
+    @functools.cached_property
+    def amax(self) -> KernelCall:
+        """The kernel that leaves maxima, on x, what it leaves, and what it leaves of x before the rotation, or None."""
+        tile = self.amax_tile
+        numbers = {"a_tiles": self.tiles(tile, self.content)[0], "A": tile.a, "B": tile.b} | self.reading
+        return KernelCall(amax_kernel, self.amax_grid, {"num_warps": tile.warps} | OPTIONS, **numbers)
+
+    @functools.cached_property
+    def amax_of_both(self) -> KernelCall:
+        """The same with a third tensor."""
+        return KernelCall(amax_kernel, self.amax_grid, self.amax._options, **self.amax._numbers)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -162,21 +203,22 @@ def quantize(
     if not x.numel():
         return _of_nothing(x, plan)
     codes, scales, decode = new_results(x, plan)
+    bytes_ = scales.view(torch.uint8)
     with on_device_of(x):
         if plan.finds_amax_here:
-            _quantize_here(x, plan, seed, codes, scales, decode)
+            plan.quantize(x, seed_of(plan, seed), codes, bytes_, decode)
         else:
-            amax = amax_of(x, plan)[0] if needs_amax(plan) else None
-            _quantize_known(x, plan, amax, seed, codes, scales, decode)
+            amax = amax_of(x, plan) if plan.needs_amax else None
+            plan.quantize(x, amax, seed_of(plan, seed), codes, bytes_, decode)
     return codes, scales, decode
 
 
 def new_results(x: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
-    codes = x.new_empty(plan.codes_shape, dtype=torch.uint8)
-    scales = x.new_empty(plan.scales_shape, dtype=plan.config.fmt.scale_dtype)
-    if not plan.config.fmt.has_global_scale:
-        return codes, scales, x.new_ones(plan.decode_shape, dtype=torch.float32)
-    return codes, scales, x.new_empty(plan.decode_shape, dtype=torch.float32)
+    return (
+        x.new_empty(plan.codes_shape, dtype=torch.uint8),
+        x.new_empty(plan.scales_shape, dtype=plan.config.fmt.scale_dtype),
+        x.new_empty(plan.decode_shape, dtype=torch.float32),
+    )
 
 
 def _of_nothing(x: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
@@ -190,57 +232,25 @@ def _of_nothing(x: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
     return codes, scales, decode.copy_(1 / (bound / amax).clamp(max=torch.finfo(torch.float32).max))
 
 
-def _quantize_here(x: Tensor, plan: Plan, seed: Tensor | None, codes: Tensor, scales: Tensor, decode: Tensor) -> None:
-    view, tile = plan.view, plan.tile
-    row_tiles, unit_tiles = plan.tiles(tile)
-    quantize_here_kernel[(row_tiles, view.batch)](
-        x, seed_of(plan, seed), codes, scales.view(torch.uint8), decode, view.rows, view.k, plan.groups, row_tiles, unit_tiles,
-        *plan.span, *plan.strides,
-        PER_ROW=plan.config.global_scale is GlobalScale.ROW, ONE_TILE=unit_tiles == 1, A=tile.a, B=tile.b, num_warps=tile.warps,
-        **plan.arithmetic, **plan.reading, **OPTIONS,
-    )  # fmt: skip
-
-
-def _quantize_known(
-    x: Tensor, plan: Plan, amax: Tensor | None, seed: Tensor | None, codes: Tensor, scales: Tensor, decode: Tensor
-) -> None:  # fmt: skip
-    view, tile = plan.view, plan.tile
-    row_tiles, unit_tiles = plan.tiles(tile)
-    tiles = view.batch * row_tiles * unit_tiles
-    parts = 0 if amax is None else amax.shape[-1]
-    quantize_kernel[(min(tiles, plan.processors * PROGRAMS_A_PROCESSOR),)](
-        x, amax, seed_of(plan, seed), codes, scales.view(torch.uint8), decode, plan.config.static_amax or 0.0, parts,
-        view.rows, view.k, plan.groups, row_tiles, unit_tiles, tiles, *plan.span, *plan.strides,
-        FORMAT=plan.config.format, MOST_PARTS=power_of_two(parts), ONE_MATRIX=view.batch == 1, A=tile.a, B=tile.b, num_warps=tile.warps,
-        **plan.arithmetic, **plan.reading, **OPTIONS,
-    )  # fmt: skip
-
-
-PROGRAMS_A_PROCESSOR: Final = 8
-
-
 def seed_of(plan: Plan, seed: Tensor | None) -> Tensor | None:
     stochastic = plan.config.rounding is Rounding.STOCHASTIC
-    assert seed is not None or not stochastic, "stochastic rounding draws from a seed"
+    assert not stochastic or (seed is not None and seed.dtype is torch.int64), "stochastic rounding draws from an int64 seed"
     return seed if stochastic else None
 
 
-def needs_amax(plan: Plan) -> bool:
-    return plan.config.fmt.has_global_scale and plan.config.global_scale is GlobalScale.TENSOR
+def amax_of(x: Tensor, plan: Plan) -> Tensor:
+    """(batch, parts) float32 whose maxima are the matrices', rotated as `plan` says."""
+    columns, programs, batch = plan.amax_grid
+    amax = x.new_empty((batch, columns * programs), dtype=torch.float32)
+    plan.amax(x, amax, None)
+    return amax
 
 
-def amax_of(x: Tensor, plan: Plan, *, plain_too: bool = False) -> tuple[Tensor, Tensor | None]:
-    """(batch, parts) float32 whose maxima are the matrices', rotated as `plan` says; with `plain_too` also those of `x` itself."""
-    view, unit = plan.view, plan.unit
-    tile = tile_of(view, unit, view.rows, -(-view.k // unit), is_tile=False, elements=8192)
-    row_tiles, unit_tiles = plan.tiles(tile)
-    parts = min(row_tiles * unit_tiles, max(1, plan.processors * 4 // view.batch))
-    amax = x.new_empty((view.batch, parts), dtype=torch.float32)
-    plain = torch.empty_like(amax) if plain_too else None
-    amax_kernel[(parts, view.batch)](
-        x, amax, plain, view.rows, view.k, row_tiles, unit_tiles, *plan.strides,
-        A=tile.a, B=tile.b, num_warps=tile.warps, **plan.reading, **OPTIONS,
-    )  # fmt: skip
+def amax_with_plain(x: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    """The same, and of `x` before the rotation, in one reading."""
+    columns, programs, batch = plan.amax_grid
+    amax, plain = x.new_empty((2, batch, columns * programs), dtype=torch.float32)
+    plan.amax_of_both(x, amax, plain)
     return amax, plain
 
 

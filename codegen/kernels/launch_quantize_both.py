@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from dataclasses import dataclass
+from typing import Any, Final
 
+import torch
 from torch import Tensor
 
 from fp4compile.codegen.formats import GlobalScale, Layout
+from fp4compile.codegen.kernels.kernel_call import KernelCall
 from fp4compile.codegen.kernels.launch_quantize import (
     OPTIONS,
     PROGRAMS_A_PROCESSOR,
     Plan,
     amax_of,
-    needs_amax,
+    amax_with_plain,
     new_results,
     on_device_of,
     plan_of,
@@ -20,8 +24,9 @@ from fp4compile.codegen.kernels.launch_quantize import (
     seed_of,
 )
 from fp4compile.codegen.kernels.quantize_both import quantize_both_kernel
-from fp4compile.codegen.kernels.quantize_tiles import power_of_two
+from fp4compile.codegen.kernels.quantize_tiles import power_of_two, steps
 
+REGION: Final = (64, 64, 4)  # rows, columns and warps of a program, at least
 Quantized = tuple[Tensor, Tensor, Tensor]
 
 
@@ -32,86 +37,111 @@ def quantize_both(
     """`quantize(x, -1, *row, row_seed)`, then `quantize(x, -2, *column, column_seed)`: see `ops.quantize_both_args`."""
     if x.ndim <= 3 and x.numel() and Layout.TILED not in (row_layout, column_layout):
         swap = x.stride(-2) == 1 and x.stride(-1) != 1
-        sides = (x.mT, column, row, column_layout, row_layout) if swap else (x, row, column, row_layout, column_layout)
-        along, across = _plans(*sides)
-        if _fit_one_kernel(along, across):
-            seeds = (column_seed, row_seed) if swap else (row_seed, column_seed)
-            one, other = _in_one_kernel(sides[0], along, across, *seeds)
-            return (*other, *one) if swap else (*one, *other)
+        one, other = (row, row_layout), (column, column_layout)
+        seeds = (row_seed, column_seed)
+        if swap:
+            x, one, other, seeds = x.mT, other, one, seeds[::-1]
+        plan = _plan_of(x.dtype, x.shape, x.stride(), x.data_ptr() % 16 == 0, x.device, x.shape[:-2], one, other)
+        if plan.fits_one_kernel:
+            first, second = _in_one_kernel(x, plan, *seeds)
+            return (*second, *first) if swap else (*first, *second)
+        x = x.mT if swap else x
     return (
         *quantize(x, -1, *row, row_seed, layout=row_layout),
         *quantize(x, -2, *column, column_seed, layout=column_layout),
     )
 
 
-def _plans(x: Tensor, row: tuple[Any, ...], column: tuple[Any, ...], row_layout: str, column_layout: str) -> tuple[Plan, Plan]:
-    where = (x.dtype, x.shape, x.stride(), x.data_ptr() % 16 == 0, x.device, x.shape[:-2])
-    return plan_of(*where, -1, row_layout, *row), plan_of(*where, -2, column_layout, *column)
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """Of a quantization along the rows of a matrix and one across them."""
 
+    along: Plan
+    across: Plan
 
-def _fit_one_kernel(along: Plan, across: Plan) -> bool:
-    """Memory must run along the rows of the one and across those of the other; a scale for each row needs the whole row first."""
-    row_scales = GlobalScale.ROW in (along.config.global_scale, across.config.global_scale)
-    return along.view.stride_k == 1 and across.view.across and not row_scales
+    @property
+    def fits_one_kernel(self) -> bool:
+        """Memory must run along the rows of the one and across those of the other; a scale for each row needs the whole row first."""
+        row_scales = GlobalScale.ROW in (self.along.config.global_scale, self.across.config.global_scale)
+        return self.along.view.stride_k == 1 and self.across.view.across and not row_scales
 
+    @functools.cached_property
+    def parts(self) -> tuple[int, int]:
+        """How many maxima each side's scale is made of."""
+        grid, grid_t = self.along.amax_grid, self.across.amax_grid
+        if self.along.needs_amax and self.across.needs_amax:
+            # One reading serves both: see `_both_amax`.
+            if not self.along.config.hadamard:
+                grid = grid_t if self.across.config.hadamard else grid
+            if not self.across.config.hadamard:
+                grid_t = grid
+        return grid[0] * grid[1], grid_t[0] * grid_t[1]
 
-def _in_one_kernel(
-    x: Tensor, along: Plan, across: Plan, seed: Tensor | None, seed_t: Tensor | None
-) -> tuple[Quantized, Quantized]:  # fmt: skip
-    with on_device_of(x):
-        amax, amax_t = _both_amax(x, along, across)
-        one, other = new_results(x, along), new_results(x, across)
-        down, right, warps = region_of(along, across)
+    @functools.cached_property
+    def quantize(self) -> KernelCall:
+        """The kernel, on x, then of each side maxima or None, seed or None, codes, scales and decode multipliers."""
+        along, across = self.along, self.across
+        down, right, warps = max(REGION[0], across.unit), max(REGION[1], along.unit), REGION[2]
         rows, units = along.extent
         rows_t, units_t = across.extent
         regions_down = -(-max(rows, units_t * across.unit) // down)
         regions_right = -(-max(rows_t, units * along.unit) // right)
-        view = along.view
-        regions = view.batch * regions_down * regions_right
-        access, access_t = view.access(along.unit), across.view.access(across.unit)
-        quantize_both_kernel[(min(regions, along.processors * PROGRAMS_A_PROCESSOR),)](
-            x, view.rows, view.k, regions_down, regions_right, regions, view.stride_b, view.stride_r,
-            view.strides(access)[1], across.view.strides(access_t)[2],
-            *_side(along, amax, seed, one), *_side(across, amax_t, seed_t, other),
-            **_constants(along, access, ""), **_constants(across, access_t, "_T"),
-            CAPABILITY=along.capability, MOST_PARTS=_most_parts(amax), MOST_PARTS_T=_most_parts(amax_t),
-            ONE_MATRIX=view.batch == 1, DOWN=down, RIGHT=right,
-            num_warps=warps, **OPTIONS,
+        batch = along.view.batch
+        programs = steps(regions_down, regions_right, batch, along.processors * PROGRAMS_A_PROCESSOR)
+        reading, reading_t = along.reading, across.reading
+        return KernelCall(
+            quantize_both_kernel, (regions_right, programs, batch), {"num_warps": warps} | OPTIONS,
+            rows=reading["rows"], columns=reading["k"], regions_down=regions_down, stride_b=reading["stride_b"],
+            stride_r=along.view.stride_r, row_stride=reading["stride_r"], STRIDE_T=reading_t["STRIDE_K"], CAPABILITY=along.capability,
+            DOWN=down, RIGHT=right,
+            **_side(along, self.parts[0], ""), **_side(across, self.parts[1], "_t"),
+        )  # fmt: skip
+
+
+def _side(plan: Plan, parts: int, suffix: str) -> dict[str, Any]:
+    """The kernel's numbers of one half; constants are upper case, and so is their suffix."""
+    parts = parts if plan.needs_amax else 1
+    static, fmt = plan.config.static_amax or 0.0, plan.config.format
+    numbers: dict[str, Any] = {"static_amax": static, "parts": parts, "MOST_PARTS": power_of_two(parts), "FORMAT": fmt}
+    numbers |= plan.arithmetic | {name: plan.reading[name] for name in ("ACCESS", "UNIT", "HADAMARD")}
+    del numbers["CAPABILITY"]
+    return {name + (suffix.upper() if name.isupper() else suffix): value for name, value in numbers.items()}
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan_of(
+    dtype: torch.dtype, shape: torch.Size, strides: tuple[int, ...], aligned: bool, device: torch.device, batch_shape: torch.Size,
+    row: tuple[tuple[Any, ...], str], column: tuple[tuple[Any, ...], str],
+) -> _Plan:  # fmt: skip
+    along, across = (
+        plan_of(dtype, shape, strides, aligned, device, batch_shape, axis, layout, *config)
+        for axis, (config, layout) in ((-1, row), (-2, column))
+    )
+    return _Plan(along=along, across=across)
+
+
+def _in_one_kernel(x: Tensor, plan: _Plan, seed: Tensor | None, seed_t: Tensor | None) -> tuple[Quantized, Quantized]:
+    with on_device_of(x):
+        amax, amax_t = _both_amax(x, plan.along, plan.across)
+        one, other = new_results(x, plan.along), new_results(x, plan.across)
+        (codes, scales, decode), (codes_t, scales_t, decode_t) = one, other
+        plan.quantize(
+            x, amax, seed_of(plan.along, seed), codes, scales.view(torch.uint8), decode,
+            amax_t, seed_of(plan.across, seed_t), codes_t, scales_t.view(torch.uint8), decode_t,
         )  # fmt: skip
     return one, other
 
 
-def region_of(along: Plan, across: Plan) -> tuple[int, int, int]:
-    """Rows, columns and warps of a program."""
-    return max(64, across.unit), max(128, along.unit), 8
-
-
-def _side(plan: Plan, amax: Tensor | None, seed: Tensor | None, results: Quantized) -> tuple[Any, ...]:
-    codes, scales, decode = results
-    parts = 0 if amax is None else amax.shape[-1]
-    static = plan.config.static_amax or 0.0
-    return (amax, static, parts, seed_of(plan, seed), codes, scales.view(codes.dtype), decode, plan.groups, *plan.span)
-
-
-def _constants(plan: Plan, access: int, suffix: str) -> dict[str, Any]:
-    named = {"FORMAT": plan.config.format, "ACCESS": access, "UNIT": plan.unit, "HADAMARD": plan.config.hadamard, **plan.arithmetic}
-    return {name + suffix: value for name, value in named.items() if name != "CAPABILITY"}
-
-
-def _most_parts(amax: Tensor | None) -> int:
-    return 1 if amax is None else power_of_two(amax.shape[-1])
-
-
 def _both_amax(x: Tensor, along: Plan, across: Plan) -> tuple[Tensor | None, Tensor | None]:
     """Maxima of both sides, in one reading of x unless both are rotated."""
-    if needs_amax(along) and needs_amax(across):
+    if along.needs_amax and across.needs_amax:
         turned, turned_t = along.config.hadamard, across.config.hadamard
         if not turned and not turned_t:
-            amax = amax_of(x, along)[0]
+            amax = amax_of(x, along)
             return amax, amax
         if not turned:
-            rotated, plain = amax_of(x, across, plain_too=True)
+            rotated, plain = amax_with_plain(x, across)
             return plain, rotated
         if not turned_t:
-            return amax_of(x, along, plain_too=True)
-    return tuple(amax_of(x, plan)[0] if needs_amax(plan) else None for plan in (along, across))  # type: ignore[return-value]
+            return amax_with_plain(x, along)
+    return tuple(amax_of(x, plan) if plan.needs_amax else None for plan in (along, across))  # type: ignore[return-value]

@@ -3,7 +3,9 @@
 Three ways to the global scale S. It is known (static, or none: MXFP4); or a program finds the maximum that S is made of in what it
 reads anyway, its own rows or a small matrix, and needs no other kernel; or `amax_kernel` has left the maxima of its programs behind, a few
 hundred numbers that every program of the next kernel reduces. No number needs to be zero before, and nothing is atomic. A tensor is seen as
-(batch, R, K) through its strides, K being the quantized axis, and rotated in registers.
+(batch, R, K) through its strides, K being the quantized axis, and rotated in registers. A program stays in one column of tiles, the second
+dimension of the tiles of `_tile_load.py`, and steps along the first. Pointers to results are not known to be aligned, so that every lane
+stores what it made: wider stores would move blocks between lanes.
 """
 
 from __future__ import annotations
@@ -19,111 +21,115 @@ from fp4compile.codegen.kernels._tile_scale import encode_of, encode_scale, reci
 
 @triton.jit
 def amax_kernel(
-    x_ptr, amax_ptr, plain_ptr, rows, k, row_tiles, unit_tiles, stride_b, stride_r, stride_k,
-    ACCESS: tl.constexpr, ACROSS: tl.constexpr, UNIT: tl.constexpr, HADAMARD: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+    x_ptr, amax_ptr, plain_ptr, rows, k, a_tiles, stride_b, stride_r, stride_k,
+    ACCESS: tl.constexpr, STRIDE_K: tl.constexpr, ACROSS: tl.constexpr, UNIT: tl.constexpr, HADAMARD: tl.constexpr,
+    A: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """float32 maxima (batch, P) of the finite |x|, one a program, of grid (P, batch); with `plain_ptr` also those before the rotation."""
-    part, batch = tl.program_id(0), tl.program_id(1)
+    """float32 maxima (batch, P) of the finite |x|, one a program; with `plain_ptr` also those before the rotation.
+
+    Grid (tiles along B, steps, batch).
+    """
+    batch = tl.program_id(2)
     x_ptr += batch.to(tl.int64) * stride_b
     largest, plain = tl.zeros([A, B], tl.float32), tl.zeros([A, B], tl.float32)
-    for tile in range(part, row_tiles * unit_tiles, tl.num_programs(0)):
-        row, unit = _corner(tile, unit_tiles, ACROSS, A, B)
-        if plain_ptr is None:
-            x = load_tile(x_ptr, row, unit, rows, k, stride_r, stride_k, ACCESS, ACROSS, UNIT, HADAMARD, A, B)
-        else:
-            x = load_tile(x_ptr, row, unit, rows, k, stride_r, stride_k, ACCESS, ACROSS, UNIT, 0, A, B)
+    for tile in range(tl.program_id(1), a_tiles, tl.num_programs(1)):
+        row, unit = corner(tile, tl.program_id(0), ACROSS, A, B)
+        FIRST: tl.constexpr = HADAMARD if plain_ptr is None else 0
+        x = load_tile(x_ptr, row, unit, rows, k, stride_r, stride_k, ACCESS, STRIDE_K, ACROSS, UNIT, FIRST, A, B)
+        if plain_ptr is not None:
             plain = tl.maximum(plain, finite_max(x, A, B, UNIT))
             x = rotated(x, x_ptr.dtype.element_ty, HADAMARD, A, B, UNIT)
         largest = tl.maximum(largest, finite_max(x, A, B, UNIT))
-    where = batch * tl.num_programs(0) + part
+    where = (batch * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
     tl.store(amax_ptr + where, tl.max(tl.max(largest, axis=1), axis=0))
     if plain_ptr is not None:
         tl.store(plain_ptr + where, tl.max(tl.max(plain, axis=1), axis=0))
 
 
-@triton.jit(do_not_specialize_on_alignment=["codes_ptr", "scales_ptr"])  # each lane stores what it made: wider stores would reshuffle
+@triton.jit(do_not_specialize_on_alignment=["seed_ptr", "codes_ptr", "scales_ptr"])
 def quantize_kernel(
-    x_ptr, amax_ptr, seed_ptr, codes_ptr, scales_ptr, decode_ptr, static_amax, parts, rows, k, groups, row_tiles, unit_tiles, tiles,
+    x_ptr, amax_ptr, seed_ptr, codes_ptr, scales_ptr, decode_ptr, static_amax, parts, rows, k, groups, a_tiles,
     row_span, group_span, stride_b, stride_r, stride_k,
     FORMAT: tl.constexpr, BOUND: tl.constexpr, IS_TILE: tl.constexpr, SCALE_RULE: tl.constexpr, STOCHASTIC: tl.constexpr,
-    SWIZZLED: tl.constexpr, CAPABILITY: tl.constexpr, MOST_PARTS: tl.constexpr, ONE_MATRIX: tl.constexpr,
-    ACCESS: tl.constexpr, ACROSS: tl.constexpr, UNIT: tl.constexpr, HADAMARD: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+    SWIZZLED: tl.constexpr, CAPABILITY: tl.constexpr, MOST_PARTS: tl.constexpr,
+    ACCESS: tl.constexpr, STRIDE_K: tl.constexpr, ACROSS: tl.constexpr, UNIT: tl.constexpr, HADAMARD: tl.constexpr,
+    A: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """Codes (batch, R, Kp/2), scale bytes (batch, R, Kp/block) or swizzled, decode multipliers (batch).
+    """Codes (batch, R, Kp/2), scale bytes (batch, R, Kp/block) or swizzled, decode multipliers (batch). Grid as `amax_kernel`'s.
 
     `amax_ptr` (batch, parts) as `amax_kernel` leaves it; None: S is made of `static_amax`. Tiles run backwards, for the last ones that
     `amax_kernel` read are still in L2.
     """
-    encode = encode_of(amax_ptr, static_amax, 0, parts, FORMAT, BOUND, MOST_PARTS)
+    batch = tl.program_id(2)
+    encode = encode_of(amax_ptr, static_amax, batch, parts, FORMAT, BOUND, MOST_PARTS)
     decode = reciprocal(encode, CAPABILITY)
-    for back in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        index = tiles - 1 - back
-        batch = index // (row_tiles * unit_tiles)
-        row, unit = _corner(index % (row_tiles * unit_tiles), unit_tiles, ACROSS, A, B)
-        if not ONE_MATRIX:
-            encode = encode_of(amax_ptr, static_amax, batch, parts, FORMAT, BOUND, MOST_PARTS)
-            decode = reciprocal(encode, CAPABILITY)
-        store_decode(decode_ptr, decode, batch, row + unit, FORMAT)
-        base = x_ptr + tl.cast(batch, tl.int64) * stride_b
-        x = load_tile(base, row, unit, rows, k, stride_r, stride_k, ACCESS, ACROSS, UNIT, HADAMARD, A, B)
+    store_decode(decode_ptr, decode, batch, tl.program_id(0) + tl.program_id(1))
+    x_ptr += batch.to(tl.int64) * stride_b
+    for back in range(tl.program_id(1), a_tiles, tl.num_programs(1)):
+        row, unit = corner(a_tiles - 1 - back, tl.program_id(0), ACROSS, A, B)
+        x = load_tile(x_ptr, row, unit, rows, k, stride_r, stride_k, ACCESS, STRIDE_K, ACROSS, UNIT, HADAMARD, A, B)
         quantize_tile(
             x, encode, decode, seed_ptr, codes_ptr, scales_ptr, batch, row, unit, rows, groups, row_span, group_span,
             FORMAT, SCALE_RULE, IS_TILE, STOCHASTIC, SWIZZLED, CAPABILITY, ACROSS, UNIT, A, B,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize_on_alignment=["codes_ptr", "scales_ptr"])  # each lane stores what it made: wider stores would reshuffle
+@triton.jit(do_not_specialize_on_alignment=["seed_ptr", "codes_ptr", "scales_ptr"])
 def quantize_here_kernel(
-    x_ptr, seed_ptr, codes_ptr, scales_ptr, decode_ptr, rows, k, groups, row_tiles, unit_tiles, row_span, group_span,
-    stride_b, stride_r, stride_k,
+    x_ptr, seed_ptr, codes_ptr, scales_ptr, decode_ptr, rows, k, groups, row_span, group_span, stride_b, stride_r, stride_k,
     BOUND: tl.constexpr, IS_TILE: tl.constexpr, SCALE_RULE: tl.constexpr, STOCHASTIC: tl.constexpr, SWIZZLED: tl.constexpr,
-    CAPABILITY: tl.constexpr, PER_ROW: tl.constexpr, ONE_TILE: tl.constexpr,
-    ACCESS: tl.constexpr, ACROSS: tl.constexpr, UNIT: tl.constexpr, HADAMARD: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+    CAPABILITY: tl.constexpr, PER_ROW: tl.constexpr, ROW_TILES: tl.constexpr, UNIT_TILES: tl.constexpr,
+    ACCESS: tl.constexpr, STRIDE_K: tl.constexpr, ACROSS: tl.constexpr, UNIT: tl.constexpr, HADAMARD: tl.constexpr,
+    A: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """NVFP4 of a tile of rows a program, grid (row tiles, batch), with S of each row, or of the matrix, which every program reads whole.
+    """NVFP4 of a tile of whole rows a program, grid (row tiles, batch), with S of each row, or of a small matrix.
 
-    ONE_TILE: what S is made of is the tile itself. Otherwise its second reading finds it in a cache.
+    First the program reads what S is made of, its UNIT_TILES tiles, or those of all ROW_TILES of x; then its own again, from a cache,
+    unless it was one.
     """
     row_tile, batch = tl.program_id(0), tl.program_id(1)
     x_ptr += batch.to(tl.int64) * stride_b
     SIZE: tl.constexpr = B if ACROSS else A
-    x = load_tile(x_ptr, row_tile * SIZE, 0, rows, k, stride_r, stride_k, ACCESS, ACROSS, UNIT, HADAMARD, A, B)
+    STEP: tl.constexpr = A if ACROSS else B
+    COUNT: tl.constexpr = UNIT_TILES if PER_ROW else ROW_TILES * UNIT_TILES
+    first_row = row_tile * SIZE if PER_ROW else 0
+    x = load_tile(x_ptr, first_row, 0, rows, k, stride_r, stride_k, ACCESS, STRIDE_K, ACROSS, UNIT, HADAMARD, A, B)
     largest = finite_max(x, A, B, UNIT)
-    if not ONE_TILE:
-        first = row_tile if PER_ROW else 0
-        for tile in range(first * unit_tiles, (first + 1 if PER_ROW else row_tiles) * unit_tiles):
-            row, unit = _corner(tile, unit_tiles, False, SIZE, A if ACROSS else B)
-            x = load_tile(x_ptr, row, unit, rows, k, stride_r, stride_k, ACCESS, ACROSS, UNIT, HADAMARD, A, B)
-            largest = tl.maximum(largest, finite_max(x, A, B, UNIT))
-    if PER_ROW:
+    MOST: tl.constexpr = COUNT - 1 if COUNT <= 16 else 4
+    for tile in tl.range(1, COUNT, loop_unroll_factor=MOST if MOST > 1 else 1):  # so that loads are under way together
+        row = (row_tile if PER_ROW else tile // UNIT_TILES) * SIZE
+        unit = tile % UNIT_TILES * STEP
+        x = load_tile(x_ptr, row, unit, rows, k, stride_r, stride_k, ACCESS, STRIDE_K, ACROSS, UNIT, HADAMARD, A, B)
+        largest = tl.maximum(largest, finite_max(x, A, B, UNIT))
+    row = row_tile * SIZE
+    if PER_ROW and SIZE > 1:
         amax = tl.max(largest, axis=0)[None, :] if ACROSS else tl.max(largest, axis=1)[:, None]
     else:
         amax = tl.full([1, 1], 0.0, tl.float32) + tl.max(tl.max(largest, axis=1), axis=0)
     encode = encode_scale(amax, BOUND)
     decode = reciprocal(encode, CAPABILITY)
     if PER_ROW:
-        row = row_tile * SIZE + (tl.arange(0, SIZE)[None, :] if ACROSS else tl.arange(0, SIZE)[:, None])
-        tl.store(decode_ptr + batch * rows + row, decode, mask=row < rows)
+        each = row + (tl.arange(0, SIZE)[None, :] if ACROSS else tl.arange(0, SIZE)[:, None])
+        tl.store(decode_ptr + batch * rows + each, decode, mask=each < rows)
     else:
-        store_decode(decode_ptr, decode, batch, row_tile, "nvfp4")
-    for unit_tile in range(unit_tiles):
-        unit = unit_tile * (A if ACROSS else B)
-        if not ONE_TILE:
-            x = load_tile(x_ptr, row_tile * SIZE, unit, rows, k, stride_r, stride_k, ACCESS, ACROSS, UNIT, HADAMARD, A, B)
+        store_decode(decode_ptr, decode, batch, row_tile)
+    for unit_tile in range(UNIT_TILES):
+        unit = unit_tile * STEP
+        if COUNT > 1:
+            x = load_tile(x_ptr, row, unit, rows, k, stride_r, stride_k, ACCESS, STRIDE_K, ACROSS, UNIT, HADAMARD, A, B)
         quantize_tile(
-            x, encode, decode, seed_ptr, codes_ptr, scales_ptr, batch, row_tile * SIZE, unit, rows, groups, row_span, group_span,
+            x, encode, decode, seed_ptr, codes_ptr, scales_ptr, batch, row, unit, rows, groups, row_span, group_span,
             "nvfp4", SCALE_RULE, IS_TILE, STOCHASTIC, SWIZZLED, CAPABILITY, ACROSS, UNIT, A, B,
         )  # fmt: skip
 
 
 @triton.jit
-def _corner(tile, unit_tiles, ACROSS: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
-    """First row and unit of tile number `tile`."""
-    row_tile, unit_tile = tile // unit_tiles, tile % unit_tiles
+def corner(a_tile, b_tile, ACROSS: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
+    """First row and unit of a tile."""
     if ACROSS:
-        return row_tile * B, unit_tile * A
+        return b_tile * B, a_tile * A
     else:
-        return row_tile * A, unit_tile * B
+        return a_tile * A, b_tile * B
 
 
 @triton.jit

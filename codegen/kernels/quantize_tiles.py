@@ -47,18 +47,21 @@ class View:
         return self.stride_r == 1 and self.stride_k != 1 and self.rows > 1
 
     def access(self, unit: int) -> int:
+        whole = self.aligned and not self.k % unit
         if self.across:
             even = not (self.rows % 2 or self.stride_k % 2 or self.stride_b % 2)
-            return PAIRS if even and self.aligned and self.element_size == 2 else ELEMENTS
+            return PAIRS if whole and even and self.element_size == 2 and unit <= 32 else ELEMENTS
         quad = 16 // self.element_size
-        whole = not (self.k % unit or self.stride_r % quad or self.stride_b % quad)
-        return QUADS if whole and self.aligned and self.stride_k == 1 else ELEMENTS
+        return QUADS if whole and self.stride_k == 1 and not (self.stride_r % quad or self.stride_b % quad) else ELEMENTS
 
     def strides(self, access: int) -> tuple[int, int, int]:
-        """(batch, row, k) as the kernels count them: rows of quads in 16 bytes, k of pairs in words."""
-        if access == QUADS:
-            return self.stride_b, self.stride_r * self.element_size // 16, 1
-        return self.stride_b, self.stride_r, self.stride_k // 2 if access == PAIRS else self.stride_k
+        """(batch, row, k) as the kernels take them: rows of QUADS in 16 bytes."""
+        row = self.stride_r * self.element_size // 16 if access == QUADS else self.stride_r
+        return self.stride_b, row, self.stride_k
+
+    def constant_stride(self, access: int) -> int:
+        """That of k for PAIRS, in words: it is the width of a layer, of which a model has few."""
+        return self.stride_k // 2 if access == PAIRS else 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,14 +73,31 @@ class Tile:
     warps: int
 
 
-def tile_of(view: View, unit: int, rows: int, units: int, *, is_tile: bool, elements: int = 4096, warps: int = 4) -> Tile:
-    """About `elements` of a matrix of `rows` x `units` units of `unit` elements: wide along memory, whole 16x16 blocks where `is_tile`."""
-    lanes = max(elements // unit, 32)
+def tile_of(
+    view: View, unit: int, rows: int, units: int, *, is_tile: bool, elements: int = 4096, warps: int | None = None
+) -> Tile:  # fmt: skip
+    """About `elements` of a matrix of `rows` x `units` units of `unit` elements: wide along memory, whole 16x16 blocks where `is_tile`.
+
+    A block a lane, two where lanes take pairs of rows: more would take registers from other warps, and loads are what must overlap.
+    The sizes are those of a sweep over 8192x8192 (H100 80GB HBM3, Triton 3.6, 2026-11-22).
+    """
+    warps = warps or (4 if unit >= 64 or view.across else 8)
     if view.across:
-        a = min(max(128 // unit, 1), power_of_two(units))
-        return Tile(a=a, b=min(max(lanes // a, 16), max(power_of_two(rows), 16)), warps=warps)
+        b = max(16, 64 if unit <= 32 else 128)
+        lanes = 64 * warps if view.access(unit) == PAIRS else 32 * warps
+        a = max(1, max(elements, lanes * unit) // (b * unit))
+        return Tile(a=min(a, power_of_two(units)), b=b, warps=warps)
+    lanes = max(elements // unit, 32 * warps)
     b = _even_split(units, lanes // 16 if is_tile else lanes)
     return Tile(a=max(16 if is_tile else 1, min(lanes // b, power_of_two(rows))), b=b, warps=warps)
+
+
+def tile_of_rows(view: View, unit: int, rows: int, units: int) -> Tile:
+    """Whole rows where four warps hold them in registers, else steps that a program takes along them."""
+    whole = power_of_two(units)
+    if whole * 4 <= units * 5 and whole * unit <= 8192:
+        return Tile(a=min(max(4096 // (whole * unit), 1), power_of_two(rows)), b=whole, warps=4)
+    return tile_of(view, unit, rows, units, is_tile=False, elements=2048, warps=4)
 
 
 def _even_split(count: int, most: int) -> int:
@@ -91,6 +111,11 @@ def _even_split(count: int, most: int) -> int:
 def power_of_two(value: int) -> int:
     """The least one that is at least `value`."""
     return 1 << max(value - 1, 0).bit_length()
+
+
+def steps(a_tiles: int, b_tiles: int, batch: int, programs: int) -> int:
+    """How many programs share a column of tiles, `programs` being about what runs at a time."""
+    return max(1, min(a_tiles, programs // (b_tiles * batch)))
 
 
 @functools.cache

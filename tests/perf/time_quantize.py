@@ -19,7 +19,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +66,7 @@ SETTINGS: dict[str, tuple[int | None, dict[str, Any], dict[str, Any]]] = {
     "h64": (-1, {"hadamard": 64}, {}),
     "h128": (-1, {"hadamard": 128}, {}),
 }
-SHAPES = [(8192, 8192), (4096, 4096), (1, 4096), (16, 4096), (64, 4096)]
+SHAPES = [(8192, 8192), (4096, 4096), (1, 4096), (8, 4096), (64, 4096), (256, 4096)]
 SMALL = ("tensor", "static", "row", "row 4/6", "mxfp4")
 
 
@@ -135,50 +134,43 @@ def check_options(options: dict[str, Any], dtype: torch.dtype, axis: int, rows: 
     return x.numel(), wrong(got, reference(x, axis, options, seed, "plain"))
 
 
-# What a sweep changes: elements of a tile, warps, and how many programs a multiprocessor runs.
-VARIANTS = [(e, w, p) for e, w in ((2048, 4), (4096, 4), (4096, 8), (8192, 4), (8192, 8)) for p in (4, 8, 16)]
-ROW_VARIANTS = [(lanes, 0, 0) for lanes in (1, 2, 4)]
-REGIONS = [(64, 128, 4), (64, 128, 8), (64, 64, 4), (128, 128, 8), (128, 64, 8), (256, 64, 8)]
+Variant = tuple[int, int, int]
+# Elements of a tile, warps, programs a multiprocessor; of both axes rows, columns and warps of a region.
+VARIANTS = [(elements, warps, programs) for elements, warps in ((4096, 8), (2048, 4), (4096, 4), (8192, 8)) for programs in (8, 16)]
+ROW_VARIANTS = [(2048, 4, 8), (4096, 8, 8), (4096, 4, 8), (8192, 8, 8), (8192, 16, 8)]
+REGIONS = [(64, 64, 4), (64, 64, 8), (32, 64, 4), (64, 32, 4)]
 
 
-def variants(name: str) -> list[tuple[int, int, int]]:
+def variants(name: str) -> list[Variant]:
     axis, options, _ = SETTINGS[name]
     if axis is None:
-        return [(d, r * 100 + w, p) for d, r, w in REGIONS for p in (4, 8)]
+        return REGIONS
     return ROW_VARIANTS if options.get("global_scale") == "row" else VARIANTS
 
 
-def use(name: str, variant: tuple[int, int, int]) -> None:
+def use(name: str, variant: Variant) -> None:
     """Make the launchers take `variant` instead of what they would choose."""
-    axis, options, _ = SETTINGS[name]
-    first, second, programs = variant
-    if axis is None:
-        launch_quantize_both.PROGRAMS_A_PROCESSOR = programs
-        launch_quantize_both.region_of = lambda along, across: (max(first, across.unit), max(second // 100, along.unit), second % 100)
-    elif options.get("global_scale") == "row":
-        original = _CHOSEN[1]
-        launch_quantize._tile_of_rows = lambda v, u, r, n: _with_lanes(original(v, u, r, n), u, first)
+    use_chosen()
+    chosen, (elements, warps, programs) = launch_quantize.tile_of, variant
+    if SETTINGS[name][0] is None:
+        launch_quantize_both.REGION = variant
     else:
         launch_quantize.PROGRAMS_A_PROCESSOR = programs
-        launch_quantize.tile_of = lambda *a, **o: _CHOSEN[0](*a, **({"elements": first, "warps": second} | o))
-    launch_quantize.plan_of.cache_clear()
+        sizes = {"elements": elements, "warps": warps}
+        launch_quantize.tile_of = lambda *a, **o: chosen(*a, **(sizes | o if "warps" in o else o | sizes))
 
 
-_CHOSEN = (
-    launch_quantize.tile_of, launch_quantize._tile_of_rows, launch_quantize.PROGRAMS_A_PROCESSOR, launch_quantize_both.region_of,
-    launch_quantize_both.PROGRAMS_A_PROCESSOR,
-)  # fmt: skip
+_CHOSEN = [
+    (module, name, getattr(module, name))
+    for module, name in ((launch_quantize, "tile_of"), (launch_quantize, "PROGRAMS_A_PROCESSOR"), (launch_quantize_both, "REGION"))
+]
 
 
 def use_chosen() -> None:
-    launch_quantize.tile_of, launch_quantize._tile_of_rows, launch_quantize.PROGRAMS_A_PROCESSOR = _CHOSEN[:3]
-    launch_quantize_both.region_of, launch_quantize_both.PROGRAMS_A_PROCESSOR = _CHOSEN[3:]
+    for module, name, value in _CHOSEN:
+        setattr(module, name, value)
     launch_quantize.plan_of.cache_clear()
-
-
-def _with_lanes(tile: Any, unit: int, lanes: int) -> Any:
-    """Per thread, units of 16 elements."""
-    return replace(tile, warps=max(1, min(16, tile.a * tile.b * (unit // 16) // (32 * lanes))))
+    launch_quantize_both._plan_of.cache_clear()
 
 
 def work(part: int, parts: int, given: argparse.Namespace) -> None:
@@ -195,7 +187,7 @@ def work(part: int, parts: int, given: argparse.Namespace) -> None:
             print("WRONG", failures[-1], flush=True)
     if given.sweep:
         x, seed = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16), torch.tensor(1, device="cuda")
-        todo = [(name, v) for name in SETTINGS for v in variants(name) if v == variants(name)[0] or v[2] in (0, 4)]
+        todo = [(name, v) for name in SETTINGS for v in variants(name) if SETTINGS[name][0] is None or v[2] == 8]
         for name, variant in todo[part::parts]:
             use(name, variant)
             try:
@@ -272,7 +264,7 @@ def time_shape(rows: int, columns: int, bandwidth: float, sweep: bool) -> Iterat
         print(f"{rows}x{columns} {name:<16}{best:9.1f}{floor:9.1f}{floor / best:7.0%}{host}", flush=True)
         yield row
         found = []
-        for variant in variants(name) if sweep and big else ():
+        for variant in variants(name) if sweep and rows == 8192 else ():
             use(name, variant)
             try:
                 found.append((microseconds([call(name, x, seed) for x in xs], 5), variant))
@@ -280,7 +272,7 @@ def time_shape(rows: int, columns: int, bandwidth: float, sweep: bool) -> Iterat
                 print(f"  FAIL {variant}: {str(error)[:100]}")
         for best, variant in sorted(found)[:4]:
             print(f"    {best:9.1f} {variant}", flush=True)
-        if sweep and big:
+        if sweep and rows == 8192:
             yield {"shape": [rows, columns], "setting": name, "sweep": sorted(found)}
     use_chosen()
 

@@ -1,4 +1,4 @@
-"""Every quantize kernel, as its launcher launches it for large matrices, compiled for each generation: no spills, the right instructions."""
+"""Quantize kernels, as they are launched for large matrices, compiled for each generation: no spills, the right instructions."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ CASES: dict[str, tuple[int, int, torch.dtype, int | None, dict[str, Any], dict[s
     "across": (4096, 4096, torch.bfloat16, -2, {}, {}, "swizzled"),
     "wgrad": (4096, 4096, torch.bfloat16, -2, WGRAD, {}, "plain"),
     "h128": (4096, 4096, torch.bfloat16, -1, {"hadamard": 128}, {}, "plain"),
+    "across-h64": (4096, 4096, torch.bfloat16, -2, {"hadamard": 64}, {}, "plain"),
     "across-h128": (4096, 4096, torch.float32, -2, {"hadamard": 128}, {}, "plain"),
     "mxfp4": (4096, 4096, torch.bfloat16, -1, {"format": "mxfp4"}, {}, "plain"),
     "ragged": (4095, 1037, torch.bfloat16, -1, {}, {}, "plain"),

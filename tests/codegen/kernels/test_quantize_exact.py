@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import triton
@@ -9,10 +11,11 @@ from torch import Tensor
 
 from fp4compile.codegen.errors import UnsupportedDtype
 from fp4compile.codegen.formats import QuantConfig
-from fp4compile.codegen.kernels import launch
+from fp4compile.codegen.kernels import launch, launch_quantize
 from fp4compile.codegen.ops import quantize_args
 from fp4compile.codegen.reference.block import quantize_ref
 from fp4compile.codegen.reference.hadamard import hadamard_ref
+from fp4compile.codegen.reference.layout import lay_out_ref
 from tests.codegen.kernels.hard_inputs import DISTRIBUTIONS, all_quantizations, first_differences, hard_batch, same_nan
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
@@ -126,3 +129,69 @@ def test_hadamard(device: torch.device, size: int, axis: int) -> None:
 def test_a_dtype_without_kernels_is_refused(device: torch.device) -> None:
     with pytest.raises(UnsupportedDtype, match="float64"):
         launch.quantize(torch.zeros(16, 16, dtype=torch.float64, device=device), -1, *quantize_args(QuantConfig()))
+
+
+# Every way of reading: 16-byte loads along rows, words across pairs of rows, single elements either way.
+READINGS = [((48, 256), False), ((48, 256), True), ((33, 40), False), ((2, 64, 128), True)]
+OPTIONS = [
+    {}, {"hadamard": 16}, {"hadamard": 64}, {"scale_rule": "four_over_six"}, {"block": "16x16"}, {"global_scale": "row"},
+    {"rounding": "stochastic"}, {"format": "mxfp4", "hadamard": 16}, {"global_scale": "static", "static_amax": 2.0},
+]  # fmt: skip
+
+
+@pytest.fixture(params=["maximum found on the way", "maximum first"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Small matrices take one launch; here also the way of large ones."""
+    if request.param == "maximum first":
+        monkeypatch.setattr(launch_quantize, "_TILES_OF_A_SMALL_MATRIX", 0)
+    launch_quantize.plan_of.cache_clear()
+    yield
+    launch_quantize.plan_of.cache_clear()
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(("shape", "turned"), READINGS, ids=str)
+def test_every_way_of_reading(device: torch.device, shape: tuple[int, ...], turned: bool, options: dict) -> None:
+    for i, dtype in enumerate(DTYPES):
+        x = torch.randn(*shape, generator=torch.Generator(device).manual_seed(i), device=device).to(dtype)
+        x = x.mT.contiguous().mT if turned else x
+        assert_exact(x, -1 - i % 2, seed=11 if "rounding" in options else None, **options)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("options", [{}, {"global_scale": "row"}, {"format": "mxfp4"}, {"hadamard": 16}], ids=str)
+@pytest.mark.parametrize("shape", [(1, 64), (130, 48), (2, 3, 80)], ids=str)
+def test_swizzled_scales_and_their_padding(device: torch.device, shape: tuple[int, ...], options: dict) -> None:
+    x = torch.randn(*shape, generator=torch.Generator(device).manual_seed(3), device=device).bfloat16()
+    for axis in (-1, -2):
+        got = launch.quantize(x, axis, *quantize_args(QuantConfig(**options)), layout="swizzled")
+        codes, scales, decode = quantize_ref(x, QuantConfig(**options), axis=axis)
+        for g, w in zip(got, (*lay_out_ref(codes, scales, "swizzled"), decode), strict=True):
+            assert not first_differences(g, w.contiguous()), first_differences(g, w.contiguous())
+
+
+PAIRS_OF_OPTIONS = [
+    ({}, {}), ({}, {"hadamard": 16}), ({"hadamard": 32}, {}), ({"rounding": "stochastic"}, {"hadamard": 16, "rounding": "stochastic"}),
+    ({"block": "16x16"}, {"block": "16x16", "scale_rule": "four_over_six"}), ({"hadamard": 16}, {"hadamard": 64}),
+    ({"format": "mxfp4"}, {"global_scale": "static", "static_amax": 2.0}), ({"global_scale": "row"}, {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "column"), PAIRS_OF_OPTIONS, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "turned", "layout"), [((64, 96), False, "plain"), ((2, 48, 128), True, "swizzled"), ((17, 35), False, "plain")], ids=str
+)
+def test_both_axes_in_one_reading(
+    device: torch.device, shape: tuple[int, ...], turned: bool, layout: str, row: dict, column: dict
+) -> None:  # fmt: skip
+    x = torch.randn(*shape, generator=torch.Generator(device).manual_seed(4), device=device).bfloat16()
+    x = x.mT.contiguous().mT if turned else x
+    configs, seeds = (QuantConfig(**row), QuantConfig(**column)), tuple(torch.tensor(s, device=device) for s in (5, -6))
+    got = launch.quantize_both(x, *(quantize_args(c) for c in configs), *seeds, layout, layout)
+    want: list[Tensor] = []
+    for config, axis, seed in zip(configs, (-1, -2), seeds, strict=True):
+        codes, scales, decode = quantize_ref(x, config, axis=axis, seed=seed)
+        want += [*lay_out_ref(codes, scales, layout), decode]
+    for name, g, w in zip(("codes", "scales", "global_scale") * 2, got, want, strict=True):
+        assert not first_differences(g, w.contiguous()), f"{name}: {first_differences(g, w.contiguous())}"
