@@ -68,6 +68,10 @@ KNOWN_BAD: Final = (
         symptom="crashes the compiler (3.6, 3.7) or spills", source=f"{_TRITON}/pull/9772",
     ),
     KnownBad(
+        package="triton", since="3.6", until="3.8", targets=("sm_121",), feature=Feature.E4M3_SCALED_DOT,
+        symptom="crashes the compiler", source=f"{_TRITON}/pull/10010",
+    ),
+    KnownBad(
         package="triton", since="3.6", until="3.7", targets=_SM_120, feature=Feature.HALF_SCALED_DOT,
         symptom="crashes the compiler", source=f"{_TRITON}/issues/9558",
     ),

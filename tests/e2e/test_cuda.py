@@ -46,7 +46,7 @@ def test_inference_equals_the_eager_recipe(policy: str, recipe: Recipe, mode: st
         want = with_recipe(copy.deepcopy(model), recipe)(x)
         assert relative(run(x).clone(), want) < 2e-3
     assert STORE.quantizations - before == 3
-    assert {row.kernel for row in fp4compile.last_report().sites} <= {"triton emulation", "triton hopper"}
+    assert not fp4compile.last_report().fallbacks and all(row.kernel for row in fp4compile.last_report().sites)
 
 
 @torch.no_grad()
