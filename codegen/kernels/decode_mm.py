@@ -189,6 +189,8 @@ def _launch_narrow(
     m, n = out.shape
     if x.shape[1] != padded_k or not x.is_contiguous():
         x = F.pad(x, (0, padded_k - x.shape[1])).contiguous()
+    if x.data_ptr() % 16:
+        x = x.clone()
     narrow_decode_mm_kernel[(-(-n // (16 * tile.row_tiles * tile.warps_r)), -(-m // (8 * tile.column_tiles)))](
         x.view(torch.uint8), codes, scales.view(torch.uint8), *epilogue.arguments(), out, m, n, padded_k, *epilogue.strides(),
         **options, **pdl,

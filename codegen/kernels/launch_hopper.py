@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from fp4compile.codegen.formats import round_up
 from fp4compile.codegen.kernels.hopper_mm import hopper_mm_kernel
 from fp4compile.codegen.kernels.scaled_grouped_mm import group_tiles_kernel
 from fp4compile.codegen.kernels.sum_splits import sum_splits_kernel
@@ -134,8 +134,12 @@ def _stride(global_scale: Tensor | None) -> int:
 
 
 def _descriptor(x: Tensor, block_m: int) -> TensorDescriptor:
-    """TMA wants rows that begin at multiples of 16 bytes."""
-    if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
-        x = F.pad(x, (0, -x.shape[1] % 8)) if x.shape[1] % 8 else x.contiguous()
-        x = x.clone() if x.data_ptr() % 16 else x
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [block_m, _STEP], _HALF_TILES)
+    """Tiles of `x` (M, K); a copy where its rows do not begin at multiples of 16 bytes, as TMA wants them."""
+    rows, k = x.shape
+    stride = x.stride(0) if rows > 1 else round_up(k, 8)
+    if x.stride(1) != 1 or stride % 8 or stride < k or x.data_ptr() % 16:
+        stride = round_up(k, 8)
+        copy = x.new_empty((rows, stride))
+        copy[:, :k] = x
+        x = copy
+    return TensorDescriptor(x, [rows, k], [stride, 1], [block_m, _STEP], _HALF_TILES)
