@@ -139,7 +139,10 @@ UNKNOWN = [
         "[default]\nprecision = 'w4a8'",
         "unknown precision 'w4a8' in a.toml, [default]. Did you mean 'w4a4'? Valid: bf16, dequantized, high, w4a16, w4a4.",
     ),
-    ("[default]\nformat = 'nvfp8'", "unknown format 'nvfp8' in a.toml, [default]. Did you mean 'nvfp4'? Valid: if4, mixfp4, mxfp4, nvfp4, nvint4."),
+    (
+        "[default]\nformat = 'nvfp8'",
+        "unknown format 'nvfp8' in a.toml, [default]. Did you mean 'nvfp4'? Valid: if4, mixfp4, mxfp4, nvfp4, nvint4.",
+    ),
     (f"{RULE}precission = 'high'", "unknown key 'precission' in a.toml, rule 1. Did you mean 'precision'?"),
     (f"{RULE}precision = 'high'\n[[rule]]\nmatch = 'a'\nrolle = 'fprop'", "unknown key 'rolle' in a.toml, rule 2. Did you mean 'role'?"),
     (f"{RULE}weight = {{ scale_rul = 'amax' }}", "unknown key 'scale_rul' in a.toml, rule 1, weight. Did you mean 'scale_rule'?"),
