@@ -26,7 +26,9 @@ def count_saved(backward: fx.Graph, parameters: Container[int], record: GraphRec
 
 def _is_saved(node: fx.Node, parameters: Container[int]) -> bool:
     is_tangent = "tangents" in node.name
-    return not is_tangent and input_of(node) not in parameters and isinstance(fake_of(node), torch.Tensor)
+    position = input_of(node)
+    is_parameter = position is not None and position in parameters
+    return not is_tangent and not is_parameter and isinstance(fake_of(node), torch.Tensor)
 
 
 def _bytes(node: fx.Node) -> int:

@@ -3,8 +3,9 @@
 An entry belongs to the parameters it was computed from (held weakly) and to a recipe. It is current while each parameter has the
 version counter and the memory address that it had; in-place updates, `load_state_dict` and `param.data = ...` change one of them.
 Optimizers that are a `torch.optim.Optimizer` are watched, since fused ones change neither. Under FSDP they step shards, and what is
-gathered from those changes neither as well: so a step also renews what is trained and belongs to no optimizer. Nor do writes through `param.data.add_(...)`
-and in-place writes to parameters made under `torch.inference_mode()`: after those, call `fp4compile.refresh(model)`.
+gathered from those changes neither as well: so a step also renews what is trained and belongs to no optimizer. Nor is either changed
+by writes through `param.data.add_(...)`, and by in-place writes to parameters made under `torch.inference_mode()`: after those, call
+`fp4compile.refresh(model)`.
 """
 
 from __future__ import annotations

@@ -146,13 +146,19 @@ def _quantized(node: fx.Node, operand: Operand, config: QuantConfig | None, plac
 
 def _in_place_of(source: fx.Node) -> CodesOf:
     """What a backward that keeps the codes need not keep."""
-    source = source.args[0] if source.target is ops.HADAMARD else source  # type: ignore[assignment]
+    source = _first_argument(source) if source.target is ops.HADAMARD else source
     same, node = {source.name}, source
     while node.target in _VIEWS:
-        node = node.args[0]  # type: ignore[assignment]
+        node = _first_argument(node)
         same.add(node.name)
     value = fake_of(source)
     return CodesOf(source=source.name, values=frozenset(same), size=value.numel() * value.element_size())
+
+
+def _first_argument(node: fx.Node) -> fx.Node:
+    argument = node.args[0]
+    assert isinstance(argument, fx.Node)
+    return argument
 
 
 def _high(node: fx.Node, operand: Operand) -> tuple[fx.Node, None, None]:

@@ -46,7 +46,8 @@ class PairAxes(Pass):
 
 
 def _may_pair(node: fx.Node) -> bool:
-    _, _, *fields, _ = node.args
+    arguments: tuple[Any, ...] = node.args
+    _, _, *fields, _ = arguments
     return constant_of(node) is None and "recompute" not in node.meta and not ops.config_of(*fields).is_offline
 
 

@@ -52,5 +52,6 @@ def _layout_of(scales: Any, unknown: Any) -> Any:
     source = scales.args[0] if isinstance(scales, fx.Node) and scales.target is operator.getitem else None
     if not isinstance(source, fx.Node) or source.target not in (ops.QUANTIZE, ops.QUANTIZE_BOTH):
         return unknown
-    half = "layout" if source.target is ops.QUANTIZE else "row_layout" if scales.args[1] < 3 else "column_layout"
+    which: Any = scales.args[1]
+    half = "layout" if source.target is ops.QUANTIZE else "row_layout" if which < 3 else "column_layout"
     return source.kwargs.get(half, "plain")

@@ -15,10 +15,11 @@ from fp4compile.passes.share_quantize import ShareQuantize
 from tests.passes.harness import SharedInput, TwoLayers, apply, check_golden, decide_training
 from tests.passes.linear_ref import BF16, SETUP
 
+PAIR = (PairAxes(),)
 BEFORE = [*SETUP, InsertHadamard(), InsertQuantize(), ShareQuantize(), FusePrologue(), FoldWeights()]
 
 
-def paired(model: nn.Module, x: torch.Tensor, passes=(PairAxes(),)):
+def paired(model: nn.Module, x: torch.Tensor, passes=PAIR):
     return apply(model, x, setup=BEFORE, passes=passes, decide=decide_training, training=True)
 
 
