@@ -25,7 +25,6 @@ from fp4compile.codegen.target import target_of
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 OPTIONS: Final = {"num_stages": 1, "enable_fp_fusion": False}  # FMA would change bits
-PROGRAMS_A_PROCESSOR: Final = 8
 _TILES_OF_A_SMALL_MATRIX: Final = 16  # that every program reads to find the maximum by itself
 
 
@@ -127,7 +126,7 @@ class Plan:
             grid = (row_tiles, self.view.batch)
             read = self.tiles(tile, self.content)[1 if self.view.across else 0]
             return KernelCall(quantize_here_kernel, grid, options, PER_ROW=per_row, ROW_TILES=read, UNIT_TILES=unit_tiles, **numbers)
-        programs = steps(a_tiles, b_tiles, self.view.batch, self.processors * PROGRAMS_A_PROCESSOR)
+        programs = steps(a_tiles, b_tiles, self.view.batch, self.processors * tile.programs)
         parts = self.amax_grid[0] * self.amax_grid[1] if self.needs_amax else 1
         return KernelCall(
             quantize_kernel, (b_tiles, programs, self.view.batch), options, static_amax=self.config.static_amax or 0.0, parts=parts,

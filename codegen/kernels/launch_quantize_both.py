@@ -13,7 +13,6 @@ from fp4compile.codegen.formats import GlobalScale, Layout
 from fp4compile.codegen.kernels.kernel_call import KernelCall
 from fp4compile.codegen.kernels.launch_quantize import (
     OPTIONS,
-    PROGRAMS_A_PROCESSOR,
     Plan,
     amax_of,
     amax_with_plain,
@@ -26,7 +25,7 @@ from fp4compile.codegen.kernels.launch_quantize import (
 from fp4compile.codegen.kernels.quantize_both import quantize_both_kernel
 from fp4compile.codegen.kernels.quantize_tiles import power_of_two, steps
 
-REGION: Final = (64, 64, 4)  # rows, columns and warps of a program, at least
+REGION: Final = (64, 64, 4, 4)  # rows and columns of a program, at least; its warps; programs a multiprocessor
 Quantized = tuple[Tensor, Tensor, Tensor]
 
 
@@ -87,7 +86,7 @@ class _Plan:
         regions_down = -(-max(rows, units_t * across.unit) // down)
         regions_right = -(-max(rows_t, units * along.unit) // right)
         batch = along.view.batch
-        programs = steps(regions_down, regions_right, batch, along.processors * PROGRAMS_A_PROCESSOR)
+        programs = steps(regions_down, regions_right, batch, along.processors * REGION[3])
         reading, reading_t = along.reading, across.reading
         return KernelCall(
             quantize_both_kernel, (regions_right, programs, batch), {"num_warps": warps} | OPTIONS,

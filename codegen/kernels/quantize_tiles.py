@@ -71,6 +71,7 @@ class Tile:
     a: int
     b: int
     warps: int
+    programs: int = 8  # that one multiprocessor starts with; each takes tile after tile
 
 
 def tile_of(
@@ -89,7 +90,8 @@ def tile_of(
         return Tile(a=min(a, power_of_two(units)), b=b, warps=warps)
     lanes = max(elements // unit, 32 * warps)
     b = _even_split(units, lanes // 16 if is_tile else lanes)
-    return Tile(a=max(16 if is_tile else 1, min(lanes // b, power_of_two(rows))), b=b, warps=warps)
+    a = max(16 if is_tile else 1, min(lanes // b, power_of_two(rows)))
+    return Tile(a=a, b=b, warps=warps, programs=8 if warps == 8 else 16)
 
 
 def tile_of_rows(view: View, unit: int, rows: int, units: int) -> Tile:

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -151,18 +152,24 @@ def variants(name: str) -> list[Variant]:
 def use(name: str, variant: Variant) -> None:
     """Make the launchers take `variant` instead of what they would choose."""
     use_chosen()
-    chosen, (elements, warps, programs) = launch_quantize.tile_of, variant
     if SETTINGS[name][0] is None:
-        launch_quantize_both.REGION = variant
-    else:
-        launch_quantize.PROGRAMS_A_PROCESSOR = programs
-        sizes = {"elements": elements, "warps": warps}
-        launch_quantize.tile_of = lambda *a, **o: chosen(*a, **(sizes | o if "warps" in o else o | sizes))
+        launch_quantize_both.REGION = (*variant, 4)
+        return
+    (elements, warps, programs), sizes = variant, {"elements", "warps"}
+
+    def tile(*given: Any, **named: Any) -> Any:
+        if named.get("elements") == 8192:  # the maximum's own
+            return chosen(*given, **named)
+        others = {key: value for key, value in named.items() if key not in sizes}
+        return replace(chosen(*given, elements=elements, warps=warps, **({"is_tile": False} | others)), programs=programs)
+
+    chosen = launch_quantize.tile_of
+    launch_quantize.tile_of = launch_quantize.tile_of_rows = tile
 
 
 _CHOSEN = [
     (module, name, getattr(module, name))
-    for module, name in ((launch_quantize, "tile_of"), (launch_quantize, "PROGRAMS_A_PROCESSOR"), (launch_quantize_both, "REGION"))
+    for module, name in ((launch_quantize, "tile_of"), (launch_quantize, "tile_of_rows"), (launch_quantize_both, "REGION"))
 ]
 
 
