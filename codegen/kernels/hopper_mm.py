@@ -26,6 +26,7 @@ if hasattr(gl.shared_memory_descriptor, "reinterpret"):
     def _as_steps(weight):
         """Chunks (stages, N, 128) of the decoded weight as steps (2 stages, N, 64), which is how swizzled tiles lie in memory."""
         return weight.reinterpret(weight.dtype, [2 * weight.shape[0], weight.shape[1], STEP], weight.layout)
+
 else:
 
     @gluon.jit
@@ -42,8 +43,7 @@ def hopper_mm_kernel(
     x_desc, codes_desc, scales_desc, a_global_ptr, b_global_ptr, bias_ptr, row_tiles_ptr, out_ptr,
     m, n, chunks, chunks_a_split, tiles_a_group, a_global_stride, b_group_stride, b_global_stride, split_stride,
     BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr, X_STAGES: gl.constexpr, W_STAGES: gl.constexpr, CODE_STAGES: gl.constexpr,
-    FP16: gl.constexpr, BAND: gl.constexpr, DECODE_WARPS: gl.constexpr, DECODE_REGISTERS: gl.constexpr,
-    PARTS: gl.constexpr,
+    FP16: gl.constexpr, BAND: gl.constexpr, DECODE_WARPS: gl.constexpr, DECODE_REGISTERS: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
     """out (M, N) contiguous, or for each split of k one of (splits, M, N), whose sum it is then.
 
@@ -56,9 +56,7 @@ def hopper_mm_kernel(
     TILES: gl.constexpr = BLOCK_N // 16
     if row_tiles_ptr is None:
         m_tile, n_tile = _output_tile(gl.cdiv(m, BLOCK_M), n, BLOCK_N, BAND)
-        row = m_tile * BLOCK_M
-        end = m
-        group = 0
+        row, end, group = m_tile * BLOCK_M, m, 0
     else:
         m_tile, n_tile = _output_tile(m, n, BLOCK_N, BAND)
         row = gl.load(row_tiles_ptr + 3 * m_tile)
@@ -83,9 +81,8 @@ def hopper_mm_kernel(
     gl.warp_specialize(
         [
             (_multiply, (
-                x_desc, codes_desc, scales_desc, x_shared, codes_shared, scales_shared, w_shared,
-                x_ready, codes_ready, w_ready, w_free, first, count,
-                a_global_ptr, b_global_ptr, bias_ptr, out_ptr + gl.program_id(1).to(gl.int64) * split_stride,
+                x_desc, codes_desc, scales_desc, x_shared, codes_shared, scales_shared, w_shared, x_ready, codes_ready, w_ready, w_free,
+                first, count, a_global_ptr, b_global_ptr, bias_ptr, out_ptr + gl.program_id(1).to(gl.int64) * split_stride,
                 end, n, row, n_tile * BLOCK_N, tile, a_global_stride, b_global_stride, FP16,
             )),
             (_decode_all, (codes_shared, scales_shared, w_shared, codes_ready, w_ready, w_free, count, PARTS)),

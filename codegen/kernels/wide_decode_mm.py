@@ -30,18 +30,7 @@ def wide_decode_mm_kernel(
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     word = tl.arange(0, 16 * CHUNKS)[None, :]
     lane_scale = tl.arange(0, 4 * CHUNKS)[None, :]
-    if TILED:
-        # Scales of rows g and g + 8 share a word, so their tensor has half the rows.
-        pair_row = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
-        last = tl.cdiv(n, 16) - 1
-        codes_at = codes_ptr + (tl.minimum(row // 16, last).to(tl.int64) * codes_stride + row % 16 * 16)[:, None]
-        codes_at += word // 16 * 256 + word % 16
-        scales_at = scales_ptr + (tl.minimum(pair_row // 8, last).to(tl.int64) * scales_stride + pair_row % 8 * 4)[:, None]
-        scales_at += lane_scale // 4 * 32 + lane_scale % 4
-    else:
-        row_in = tl.minimum(row, n - 1).to(tl.int64)[:, None]
-        codes_at = codes_ptr + row_in * codes_stride + word
-        scales_at = scales_ptr + row_in * scales_stride + lane_scale
+    codes_at, scales_at = _addresses(codes_ptr, scales_ptr, row, word, lane_scale, n, codes_stride, scales_stride, BLOCK_N, TILED)
     column = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     x_at = x_ptr + tl.minimum(column, m - 1).to(tl.int64)[:, None] * x_stride + tl.arange(0, 128 * CHUNKS)[None, :]
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
@@ -67,6 +56,24 @@ def wide_decode_mm_kernel(
     )  # fmt: skip
     inside = (row < n)[:, None] & (column < m)[None, :]
     tl.store(out_ptr + column.to(tl.int64)[None, :] * n + row[:, None], acc.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _addresses(codes_ptr, scales_ptr, row, word, lane_scale, n, codes_stride, scales_stride, BLOCK_N: tl.constexpr, TILED: tl.constexpr):
+    """Where the words and scales of the first turn are. Rows past `n` read the last ones."""
+    if TILED:
+        # Scales of rows g and g + 8 share a word, so their tensor has half the rows.
+        pair_row = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        last = tl.cdiv(n, 16) - 1
+        codes_at = codes_ptr + (tl.minimum(row // 16, last).to(tl.int64) * codes_stride + row % 16 * 16)[:, None]
+        codes_at += word // 16 * 256 + word % 16
+        scales_at = scales_ptr + (tl.minimum(pair_row // 8, last).to(tl.int64) * scales_stride + pair_row % 8 * 4)[:, None]
+        scales_at += lane_scale // 4 * 32 + lane_scale % 4
+    else:
+        row_in = tl.minimum(row, n - 1).to(tl.int64)[:, None]
+        codes_at = codes_ptr + row_in * codes_stride + word
+        scales_at = scales_ptr + row_in * scales_stride + lane_scale
+    return codes_at, scales_at
 
 
 @triton.jit
