@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from fp4compile.codegen.errors import UnsupportedDtype
+from fp4compile.codegen.errors import Fp4CompileError, UnsupportedDtype
 from fp4compile.codegen.formats import E2M1_MAX, GlobalScale, Layout, QuantConfig, Rounding, round_up
 from fp4compile.codegen.kernels.kernel_call import KernelCall
 from fp4compile.codegen.kernels.quantize import amax_kernel, hadamard_kernel, quantize_here_kernel, quantize_kernel
@@ -25,7 +25,12 @@ from fp4compile.codegen.target import target_of
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 OPTIONS: Final = {"num_stages": 1, "enable_fp_fusion": False}  # FMA would change bits
+MOST_MATRICES: Final = 65_535  # the second and third dimension of a grid
 _TILES_OF_A_SMALL_MATRIX: Final = 16  # that every program reads to find the maximum by itself
+
+
+class TooManyMatrices(Fp4CompileError, ValueError):
+    template = "fp4::quantize: a batch of {found} matrices is rounded stochastically, at most {most} can be. Flatten leading dimensions into the rows."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +200,8 @@ def quantize(
     batch_shape = x.shape[:-2]
     if x.ndim > 3:
         x = x.flatten(0, -3)
+    if x.ndim == 3 and x.shape[0] > MOST_MATRICES:
+        return _in_pieces(x, batch_shape, axis, format, block, scale_rule, global_scale, rounding, hadamard, static_amax, layout)
     plan = plan_of(
         x.dtype, x.shape, x.stride(), x.data_ptr() % 16 == 0, x.device, batch_shape, axis, layout,
         format, block, scale_rule, global_scale, rounding, hadamard, static_amax,
@@ -210,6 +217,17 @@ def quantize(
             amax = amax_of(x, plan) if plan.needs_amax else None
             plan.quantize(x, amax, seed_of(plan, seed), codes, bytes_, decode)
     return codes, scales, decode
+
+
+def _in_pieces(x: Tensor, batch_shape: torch.Size, axis: int, *config: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Of more matrices than a grid has room for. Random bytes are numbered through the whole batch, so draws cannot be cut."""
+    *config, layout = config
+    if config_of(*config).rounding is Rounding.STOCHASTIC:
+        raise TooManyMatrices(found=x.shape[0], most=MOST_MATRICES)
+    parts = [quantize(piece, axis, *config, layout=layout) for piece in x.split(MOST_MATRICES)]
+    codes, scales, decode = (torch.cat([t.view(torch.uint8) if t.itemsize == 1 else t for t in each]) for each in zip(*parts, strict=True))
+    scales = scales.view(parts[0][1].dtype)
+    return tuple(t.view(*batch_shape, *t.shape[1:]) for t in (codes, scales, decode))  # type: ignore[return-value]
 
 
 def new_results(x: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:

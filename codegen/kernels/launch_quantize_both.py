@@ -12,6 +12,7 @@ from torch import Tensor
 from fp4compile.codegen.formats import GlobalScale, Layout
 from fp4compile.codegen.kernels.kernel_call import KernelCall
 from fp4compile.codegen.kernels.launch_quantize import (
+    MOST_MATRICES,
     OPTIONS,
     Plan,
     amax_of,
@@ -34,7 +35,7 @@ def quantize_both(
     row_layout: str, column_layout: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """`quantize(x, -1, *row, row_seed)`, then `quantize(x, -2, *column, column_seed)`: see `ops.quantize_both_args`."""
-    if x.ndim <= 3 and x.numel() and Layout.TILED not in (row_layout, column_layout):
+    if x.ndim <= 3 and x.numel() and x.shape[:-2].numel() <= MOST_MATRICES and Layout.TILED not in (row_layout, column_layout):
         swap = x.stride(-2) == 1 and x.stride(-1) != 1
         one, other = (row, row_layout), (column, column_layout)
         seeds = (row_seed, column_seed)

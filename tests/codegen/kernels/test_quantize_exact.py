@@ -195,3 +195,17 @@ def test_both_axes_in_one_reading(
         want += [*lay_out_ref(codes, scales, layout), decode]
     for name, g, w in zip(("codes", "scales", "global_scale") * 2, got, want, strict=True):
         assert not first_differences(g, w.contiguous()), f"{name}: {first_differences(g, w.contiguous())}"
+
+
+@pytest.mark.parametrize("options", [{}, {"global_scale": "row"}, {"format": "mxfp4"}])
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_more_matrices_than_a_grid_holds_are_quantized_in_pieces(options: dict, axis: int, device, monkeypatch) -> None:
+    x = torch.randn(2, 5, 16, 48, device=device).bfloat16()
+    config = QuantConfig(**options)
+    want = launch.quantize(x, axis, *quantize_args(config))
+    monkeypatch.setattr(launch_quantize, "MOST_MATRICES", 4)
+    for got, whole in zip(launch.quantize(x, axis, *quantize_args(config)), want, strict=True):
+        assert got.shape == whole.shape and got.dtype == whole.dtype
+        assert torch.equal(got.view(torch.uint8), whole.view(torch.uint8)) if got.itemsize == 1 else torch.equal(got, whole)
+    with pytest.raises(launch_quantize.TooManyMatrices, match="10 matrices"):
+        launch.quantize(x, axis, *quantize_args(QuantConfig(rounding="stochastic")), torch.tensor(1, device=device))
