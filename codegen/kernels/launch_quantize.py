@@ -30,7 +30,10 @@ _TILES_OF_A_SMALL_MATRIX: Final = 16  # that every program reads to find the max
 
 
 class TooManyMatrices(Fp4CompileError, ValueError):
-    template = "fp4::quantize: a batch of {found} matrices is rounded stochastically, at most {most} can be. Flatten leading dimensions into the rows."
+    template = (
+        "fp4::quantize: a batch of {found} matrices is to be rounded stochastically, at most {most} can be. "
+        "Flatten leading dimensions into the rows."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
