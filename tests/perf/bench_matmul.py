@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tests.perf.linked_package import link_package
@@ -37,13 +38,14 @@ from fp4compile.codegen.reference.block import dequantize_ref  # noqa: E402
 from fp4compile.codegen.reference.grouped import scaled_grouped_mm_ref  # noqa: E402
 from fp4compile.codegen.reference.layout import lay_out_ref  # noqa: E402
 from fp4compile.codegen.reference.matmul import scaled_mm_ref  # noqa: E402
+from fp4compile.codegen.timing import QUICK, microseconds  # noqa: E402
 from tests.codegen.kernels.exact_products import exact_side  # noqa: E402
-from tests.perf.bench_decode import FAILURES, int4_weight, microseconds, random_weight  # noqa: E402
 
 SHAPES = [(28672, 8192), (14336, 4096), (4096, 4096)]
 ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 4096)
 WORST_ERROR = 5e-4  # norm ratio against float64 of the exact dequants, float32 output
 REPEATS = 200
+FAILURES = (triton.TritonError, RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError, AttributeError, KeyError)
 MM, GROUPED = torch.ops.fp4.scaled_mm, torch.ops.fp4.scaled_grouped_mm
 
 OTHER_TILES = (
@@ -51,6 +53,19 @@ OTHER_TILES = (
     HopperTile(block_m=128, block_n=128, x_stages=4, code_stages=4, warps=8, decode_warps=8, registers=88),
     HopperTile(block_m=64, block_n=64, x_stages=3, code_stages=3, warps=4, decode_warps=4, registers=96, most_registers=96),
 )
+
+
+def random_weight(n: int, k: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Any codes, and scales from 2^-5 to 240."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device="cuda", generator=generator)
+    scales = torch.randint(16, 120, (n, k // 16), dtype=torch.uint8, device="cuda", generator=generator)
+    return codes, scales.view(torch.float8_e4m3fn)
+
+
+def int4_weight(n: int, k: int) -> tuple[Tensor, Tensor]:
+    packed = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device="cuda")
+    return torch._convert_weight_to_int4pack(packed, 8), torch.rand(k // 128, n, 2, device="cuda", dtype=torch.bfloat16)
 
 
 def exact(
@@ -197,7 +212,7 @@ def measure(n: int, k: int, rows: tuple[int, ...], tiles: bool) -> Iterator[dict
                 if m >= tile.block_m // 2 and m <= 16 * tile.block_m:
                     other = replace(tile, splits=splits)
                     calls[f"{other}"] = [functools.partial(decode_mm, x, *w, scale, None, torch.bfloat16, n=n, tile=other) for w in tiled]
-        times = {name: microseconds(each, 5) for name, each in calls.items()}
+        times = {name: microseconds(each, torch.device("cuda"), QUICK) for name, each in calls.items()}
         floor = max((n * k * 9 / 16 + 2 * m * (n + k)) / 3.0e6, 2e-6 * m * n * k / 990)
         print(f"{n}x{k} M={m}: cuBLAS {times['cublas']:.1f}, floor {floor:.1f}, {choose_tile(m, n, k, True)}", flush=True)
         for name, time in times.items():

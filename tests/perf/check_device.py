@@ -1,4 +1,4 @@
-"""All fp4 kernels on the GPU at hand: every bit of quantize against the reference, every product against float64, a few timings.
+"""All fp4 kernels on the GPU at hand: every bit of quantize against the reference, every product against float64.
 
 Run `python tests/perf/check_device.py FOLDER`; no installation is needed. It prints each failure with its first differing coordinate
 and both values, then a table, and writes results.json into FOLDER. Sections run in processes of their own, so that a crashed CUDA
@@ -291,12 +291,7 @@ def main() -> int:
     start = time.perf_counter()
     results = run_all(given.folder, given.device, given.small)
     summarize(results)
-    timings = []
-    if device.type == "cuda":
-        from tests.perf.time_kernels import time_all
-
-        timings = time_all(device)
-    text = {"device": name, "torch": torch.__version__, "triton": triton.__version__, "checks": results, "timings": timings}
+    text = {"device": name, "torch": torch.__version__, "triton": triton.__version__, "checks": results}
     (given.folder / "results.json").write_text(json.dumps(text, indent=1))
     failed = sum(bool(r["failure"]) for r in results)
     print(f"\n{len(results)} checks, {failed} failed, {time.perf_counter() - start:.0f} s")

@@ -39,8 +39,10 @@ from fp4compile.codegen.kernels.launch_quantize_both import quantize_both  # noq
 from fp4compile.codegen.ops import quantize_args  # noqa: E402
 from fp4compile.codegen.reference.block import quantize_ref  # noqa: E402
 from fp4compile.codegen.reference.layout import lay_out_ref  # noqa: E402
+from fp4compile.codegen.timing import FULL, QUICK, microseconds  # noqa: E402
 from tests.codegen.kernels.hard_inputs import all_quantizations, first_differences, hard_batch  # noqa: E402
 
+GPU = torch.device("cuda")
 FAILURES = (triton.TritonError, RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError, AttributeError, KeyError)
 STATIC = {"global_scale": "static", "static_amax": 4.0}
 WGRAD = {"hadamard": 16, "rounding": "stochastic"}
@@ -220,29 +222,6 @@ def work_everywhere(given: argparse.Namespace) -> tuple[int, list[str]]:
     return compared, failures
 
 
-def microseconds(calls: list[Callable[[], object]], repeats: int = 9) -> float:
-    """Median time of one call, all of them captured in one graph."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for each in calls[:2]:
-            each()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for each in calls:
-            each()
-    graph.replay()
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(calls))
-    return sorted(times)[repeats // 2]
-
-
 def host_microseconds(one: Callable[[], object], count: int = 200) -> float:
     """Time of one call on the host, without waiting for the device."""
     one()
@@ -263,7 +242,7 @@ def time_shape(rows: int, columns: int, bandwidth: float, sweep: bool) -> Iterat
     for name in SETTINGS if big else SMALL:
         use_chosen()
         floor = floor_bytes(name, rows * columns) / bandwidth
-        best = microseconds([call(name, x, seed) for x in xs])
+        best = microseconds([call(name, x, seed) for x in xs], GPU, FULL)
         row = {"shape": [rows, columns], "setting": name, "microseconds": best, "floor": floor, "bandwidth": floor / best}
         if not big:
             row["host"] = host_microseconds(call(name, xs[0], seed))
@@ -274,7 +253,7 @@ def time_shape(rows: int, columns: int, bandwidth: float, sweep: bool) -> Iterat
         for variant in variants(name) if sweep and rows == 8192 else ():
             use(name, variant)
             try:
-                found.append((microseconds([call(name, x, seed) for x in xs], 5), variant))
+                found.append((microseconds([call(name, x, seed) for x in xs], GPU, QUICK), variant))
             except FAILURES as error:
                 print(f"  FAIL {variant}: {str(error)[:100]}")
         for best, variant in sorted(found)[:4]:
@@ -299,7 +278,7 @@ def main() -> int:
     for failure in failures[:20]:
         print("WRONG", failure)
     big = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    bandwidth = 2 * big.nbytes / microseconds([big.clone] * 4)
+    bandwidth = 2 * big.nbytes / microseconds([big.clone] * 4, GPU, FULL)
     device = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
     print(f"{device}, copy {bandwidth / 1e6:.2f} TB/s\n{'':<26}{'us':>9}{'floor':>9}")
     rows: list[dict[str, Any]] = []
