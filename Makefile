@@ -5,6 +5,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
+JOBS ?= 2
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: demo test lint format clean
@@ -12,8 +13,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 demo: $(VENV)/demo.stamp
 	$(BIN)/fp4compile demo $(ARGS)
 
+# Files are the units that workers share: a file's tests compile the same things.
 test: $(VENV)/test.stamp
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n $(JOBS) --dist loadfile --durations=15 $(ARGS)
 
 lint: $(VENV)/lint.stamp .lint
 	$(BIN)/ruff check .
