@@ -54,6 +54,7 @@ IF4: Final = replace(
     values=tuple(7 * v for v in E2M1_VALUES), flagged_values=tuple(6 * v for v in INTEGER_VALUES),
 )  # fmt: skip
 FORMATS: Final = {f.name: f for f in (NVFP4, MXFP4, MIXFP4, IF4, NVINT4)}
+BLOCK_OF_SCALES: Final = {f.scale_dtype: f.block for f in FORMATS.values()}  # elements that share one scale of this dtype
 
 
 class Block(StrEnum):

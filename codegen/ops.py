@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.library import Library, register_fake
 
 from fp4compile.codegen.cpu import launch as cpu
-from fp4compile.codegen.formats import FORMATS, GlobalScale, Layout, QuantConfig, Signs, round_up
+from fp4compile.codegen.formats import FORMATS, GlobalScale, QuantConfig, Signs, round_up
 from fp4compile.codegen.reference.block import dequantize_ref, quantize_ref
 from fp4compile.codegen.reference.layout import laid_out_shapes, lay_out_ref, plain_ref, rows_of
 
@@ -137,9 +137,10 @@ def _or_offline(by_kernel):
     """`fp4::quantize` of one device: what no kernel computes, a search that runs once a weight, is plain PyTorch on every device."""
 
     def call(x, axis, format, block, scale_rule, global_scale, rounding, hadamard, static_amax=None, seed=None, *, layout="plain"):
-        config = config_of(format, block, scale_rule, global_scale, rounding, hadamard, static_amax)
+        fields = (format, block, scale_rule, global_scale, rounding, hadamard, static_amax)
+        config = config_of(*fields)
         if not config.is_offline:
-            return by_kernel(x, axis, *quantize_args(config), seed, layout=layout)
+            return by_kernel(x, axis, *fields, seed, layout=layout)
         codes, scales, decode = quantize_ref(x, config, axis=axis)
         return *lay_out_ref(codes, scales, layout), decode
 
@@ -149,7 +150,7 @@ def _or_offline(by_kernel):
 def _quantize_cpu(x, axis, format, block, scale_rule, global_scale, rounding, hadamard, static_amax=None, seed=None, *, layout="plain"):
     config = config_of(format, block, scale_rule, global_scale, rounding, hadamard, static_amax)
     codes, scales, decode = cpu.quantize(x, config, axis=axis, seed=seed)
-    return (codes, scales, decode) if layout == Layout.PLAIN else (*lay_out_ref(codes, scales, layout), decode)
+    return *lay_out_ref(codes, scales, layout), decode
 
 
 def _quantize_both(one_reading):
@@ -169,10 +170,8 @@ def _product_cpu(multiply):
     """No kernel of the CPU reads another layout than the plain one."""
 
     def call(a, a_scales, a_global, b, b_scales, b_global, extra, k, out_dtype, *, a_layout="plain", b_layout="plain"):
-        if a_layout != Layout.PLAIN:
-            a, a_scales = plain_ref(a, a_scales, a_layout)
-        if b_layout != Layout.PLAIN:
-            b, b_scales = plain_ref(b, b_scales, b_layout)
+        a, a_scales = plain_ref(a, a_scales, a_layout)
+        b, b_scales = plain_ref(b, b_scales, b_layout)
         return multiply(a, a_scales, a_global, b, b_scales, b_global, extra, k, out_dtype)
 
     return call

@@ -41,6 +41,9 @@ def target_of(device: torch.device, *, where: str = "target") -> Target:
     raise UnsupportedDevice(where=where, found=str(device))
 
 
+known_target = functools.cache(target_of)  # for launches, which ask on every call
+
+
 @functools.cache
 def processors_of(device: torch.device) -> int:
     """How many multiprocessors a CUDA device has."""

@@ -17,11 +17,19 @@ from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
+from fp4compile.codegen.errors import Fp4CompileError
 from fp4compile.codegen.known_bad import installed
 
 _VERSION: Final = 1  # of the files, and of what tiles mean: raise it when a kernel reads a field anew
 _NAME: Final = "kind"
+# float32 sums in another order differ by 2^-24 a term of random sign; another product differs by more than this.
+_SAME: Final = 1e-3
+
+
+class WrongTile(Fp4CompileError, RuntimeError):
+    template = "a tile gave another product: {tile}. It is not taken."
 
 
 class TileRecord(Protocol):
@@ -90,6 +98,12 @@ def search(
     microseconds, _, best = min(found, key=lambda timed: timed[:2])
     record(device, key, best, microseconds)
     return best
+
+
+def refuse_another_product(found: Tensor, expected: Tensor, tile: TileRecord) -> None:
+    """Raises `WrongTile` where the float32 products differ by more than the order of their sums."""
+    if not (found - expected).norm() <= _SAME * expected.norm():
+        raise WrongTile(tile=tile)
 
 
 def table_file(device: torch.device) -> Path:

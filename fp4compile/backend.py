@@ -39,9 +39,8 @@ def fp4(
     where = 'torch.compile(backend="fp4")'
     target = target_of(capture.device_of(example_inputs), where=where)
     check_versions(target, (), where=where)
-    policy, step = load_policy(chosen.policy), CLOCK.step
-    if policy.schedule:
-        capture.recompile_when_changed(lambda: policy.phase(CLOCK.step), f"phase of the schedule of policy {policy.name}")
+    policy = load_policy(chosen.policy)
+    step = follow_schedule(policy)
     record = GraphRecord(id=capture.compile_id(), training=False, target=target.name, policy=policy.name)
     transform = _Transform.of(gm, example_inputs, policy, chosen, record, PIPELINE, step)
 
@@ -50,7 +49,8 @@ def fp4(
     def checked_transform(graph: fx.GraphModule) -> None:
         transform(graph)
         check_versions(target, relied_on(row.kernel for row in record.sites), where=where)
-        products.extend(static_products(graph))
+        if wants_search(chosen.mode):
+            products.extend(static_products(graph))
 
     def after_fold(only_folded: Sequence[Any]) -> None:
         if chosen.free_weights and not record.training:
@@ -68,7 +68,7 @@ def fp4(
         on_backward=lambda graph: count_saved(graph, transform.parameters, record),
     )
     _RECORDS.append(record)
-    if wants_search(chosen.mode):
+    if products:
         search_products(products, target, capture.device_of(example_inputs))
     return compiled
 
@@ -139,16 +139,10 @@ class _Transform:
         return cls(policy=policy, options=options, record=record, passes=passes, parameters=names, buffers=buffers, step=step)
 
     def __call__(self, gm: fx.GraphModule) -> None:
-        capture.mark_inputs(gm.graph, self.buffers)
-        record, target = self.record, target_of(capture.device_of([n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]))
-        record.training = any(is_backward(node) for node in gm.graph.nodes)
-        policy = self.policy.resolve_for(target, training=record.training).at(self.step)
-        record.policy = policy.name
-
-        def decide(sites: list[Site]) -> list[Decision]:
-            return policy.decide(sites, training=record.training)
-
-        ctx = PassContext(decide=decide, target=target, record=record, parameters=self.parameters, strict=self.options.strict)
+        record = self.record
+        ctx, policy = context_of(
+            gm, self.policy, self.step, record, parameters=self.parameters, buffers=self.buffers, strict=self.options.strict
+        )
         dump = _dump_into(self.options.dump) if self.options.dump else None
         watchers = [Trace(), *([dump] if dump else [])]
         for watcher in watchers:
@@ -159,6 +153,36 @@ class _Transform:
                 dump.write_kernel(file, source)
         for watcher in watchers:
             watcher.finish(record, policy.to_toml())
+
+
+def context_of(
+    gm: fx.GraphModule,
+    policy: Policy,
+    step: int,
+    record: GraphRecord,
+    *,
+    parameters: Mapping[int, str],
+    buffers: frozenset[int],
+    strict: bool = False,
+) -> tuple[PassContext, Policy]:
+    """What passes over the joint graph `gm` need, and the policy as it is for this graph's device and at optimizer step `step`."""
+    capture.mark_inputs(gm.graph, buffers)
+    target = target_of(capture.device_of([n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]))
+    record.training = any(is_backward(node) for node in gm.graph.nodes)
+    here = policy.resolve_for(target, training=record.training).at(step)
+    record.policy = here.name
+
+    def decide(sites: list[Site]) -> list[Decision]:
+        return here.decide(sites, training=record.training)
+
+    return PassContext(decide=decide, target=target, record=record, parameters=parameters, strict=strict), here
+
+
+def follow_schedule(policy: Policy) -> int:
+    """The optimizer step that a compilation holds for; the frame is compiled again where the schedule of `policy` has another phase."""
+    if policy.schedule:
+        capture.recompile_when_changed(lambda: policy.phase(CLOCK.step), f"phase of the schedule of policy {policy.name}")
+    return CLOCK.step
 
 
 def _dump_into(folder: str) -> Any:

@@ -148,17 +148,11 @@ class WeightStore:
     def refresh(self, parameters: Iterable[Tensor]) -> int:
         """Forget what was computed from `parameters`, so that the next call quantizes them again. Returns the entries forgotten."""
         wanted = {id(p) for p in parameters}
-        stale = [key for key in self.entries if wanted & set(key[1])]
-        self._let_go()
-        for key in stale:
-            self.entries[key].state = ()
-        return len(stale)
+        return self._expire(entry for key, entry in self.entries.items() if wanted & set(key[1]))
 
     def forget_all(self) -> None:
         """Quantize everything again on its next use."""
-        self._let_go()
-        for entry in self.entries.values():
-            entry.state = ()
+        self._expire(self.entries.values())
 
     def renew_after_step(self, parameters: Iterable[Tensor]) -> None:
         """An optimizer has written to `parameters`, and perhaps to shards of what no optimizer knows as a whole."""
@@ -167,10 +161,19 @@ class WeightStore:
             if (known := self.stepped.get(id(parameter))) is None or known() is not parameter:
                 self.stepped[id(parameter)] = weakref.ref(parameter)
         wanted = {id(p) for p in parameters}
+        self._expire(
+            entry
+            for key, entry in self.entries.items()
+            if wanted & set(key[1]) or any(self._is_gathered(ref()) for ref in entry.parameters)
+        )
+
+    def _expire(self, entries: Iterable[_Entry]) -> int:
+        """The next call computes these again. Returns how many they are."""
         self._let_go()
-        for key, entry in self.entries.items():
-            if wanted & set(key[1]) or any(self._is_gathered(ref()) for ref in entry.parameters):
-                entry.state = ()
+        stale = list(entries)
+        for entry in stale:
+            entry.state = ()
+        return len(stale)
 
     def _is_gathered(self, parameter: Tensor | None) -> bool:
         known = self.stepped.get(id(parameter))

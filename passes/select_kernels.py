@@ -15,7 +15,8 @@ import torch
 from torch import fx
 
 from fp4compile.codegen import ops
-from fp4compile.codegen.formats import Layout, round_up
+from fp4compile.codegen.formats import Layout
+from fp4compile.codegen.reference.layout import suits_tiles
 from fp4compile.codegen.registry import kernel_for, layouts_for
 from fp4compile.passes.assign_precision import kernel_spec
 from fp4compile.passes.base import Pass, PassContext, PassResult
@@ -94,4 +95,4 @@ def _may_have(quantize: fx.Node, layout: Layout) -> bool:
         return weight or isinstance(rows, torch.SymInt) or rows > _FEW_ROWS
     if isinstance(rows, torch.SymInt) or isinstance(k, torch.SymInt):
         return False
-    return weight and rows % 16 == 0 and 8 * round_up(k, 128) <= 9 * k
+    return weight and suits_tiles(rows, k)

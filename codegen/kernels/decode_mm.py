@@ -22,13 +22,12 @@ from fp4compile.codegen.kernels.launch_hopper import HopperTile, choose_hopper_t
 from fp4compile.codegen.kernels.narrow_decode_mm import narrow_decode_mm_kernel
 from fp4compile.codegen.kernels.wide_decode_mm import pair_columns_kernel, wide_decode_mm_kernel
 from fp4compile.codegen.reference.layout import lay_out_ref
-from fp4compile.codegen.target import processors_of, target_of
+from fp4compile.codegen.target import known_target, processors_of
 from fp4compile.codegen.tuning import TuningKey
 
 _MOST_ROWS: Final = 128  # of the wide kernel
 _MOST_TERMS: Final = 384  # rows that float32 rows may become; past that, float32 arithmetic itself costs no more
 _HALVES: Final = (torch.bfloat16, torch.float16)
-_known_target: Final = functools.cache(target_of)
 
 
 def supports(m: int, n: int, k: int, dtype: torch.dtype, capability: int) -> str | None:
@@ -224,7 +223,7 @@ def _tile_for(x: Tensor, n: int, padded_k: int, tiled: bool) -> DecodeTile:
     m = x.shape[0]
     if not x.is_cuda:
         return choose_tile(m, n, padded_k, tiled, 80)  # Triton's interpreter
-    capability = _known_target(x.device).capability
+    capability = known_target(x.device).capability
     found = tuning.lookup(x.device, key_of(m, n, padded_k, x.dtype, tiled), KINDS)
     if found is not None and not (capability == 90 and isinstance(found, WideTile)):
         return found

@@ -14,11 +14,11 @@ from fp4compile.codegen.kernels.launch_matmul import Operand, multiply, multiply
 from fp4compile.codegen.kernels.launch_native import scaled_mm as native_scaled_mm
 from fp4compile.codegen.kernels.launch_native import serves
 from fp4compile.codegen.kernels.launch_native_grouped import scaled_grouped_mm as native_scaled_grouped_mm
-from fp4compile.codegen.kernels.launch_quantize import hadamard, known_target, on_device_of, quantize
+from fp4compile.codegen.kernels.launch_quantize import hadamard, on_device_of, quantize
 from fp4compile.codegen.kernels.launch_quantize_both import quantize_both
 from fp4compile.codegen.kernels.launch_weight import multiply_expert_weights, multiply_weight, serves_weight
 from fp4compile.codegen.reference.layout import plain_ref
-from fp4compile.codegen.target import processors_of
+from fp4compile.codegen.target import known_target, processors_of
 
 __all__ = ["hadamard", "quantize", "quantize_both", "scaled_grouped_mm", "scaled_mm"]
 

@@ -15,21 +15,21 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fp4compile.codegen import tuning
-from fp4compile.codegen.formats import Layout, round_up
+from fp4compile.codegen.formats import BLOCK_OF_SCALES, FORMATS, Layout, round_up
 from fp4compile.codegen.kernels.native_mm import native_mm_kernel
 from fp4compile.codegen.kernels.native_tiles import Architecture, Plan, architecture_of, plan
 from fp4compile.codegen.kernels.sum_splits import sum_splits_kernel
 from fp4compile.codegen.reference.layout import lay_out_ref
 from fp4compile.codegen.tuning import TuningKey
 
-_BLOCKS = {torch.float8_e4m3fn: 16, torch.float8_e8m0fnu: 32}
+_HARDWARE_SCALES = {f.scale_dtype for f in FORMATS.values() if f.in_hardware}
 
 
 def serves(a_scales: Tensor | None, b_scales: Tensor | None, layouts: tuple[str, str], k: int, capability: int) -> bool:
     """Whether a device of `capability` multiplies operands with these scales itself. An empty sum is left to others."""
     if a_scales is None or b_scales is None or Layout.TILED in layouts or not k or architecture_of(capability) is None:
         return False
-    return a_scales.dtype == b_scales.dtype and a_scales.dtype in _BLOCKS
+    return a_scales.dtype == b_scales.dtype and a_scales.dtype in _HARDWARE_SCALES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ class NativeOperand:
         return cls(
             codes=_for_tma(codes.reshape(matrices, rows, -1), k),
             scales=scales.reshape(matrices, *scales.shape[scales.ndim - kept :]),
-            layout=layout, global_scale=global_scale, rows=rows, matrices=matrices, block=_BLOCKS[scales.dtype],
+            layout=layout, global_scale=global_scale, rows=rows, matrices=matrices, block=BLOCK_OF_SCALES[scales.dtype],
         )  # fmt: skip
 
     def codes_descriptor(self, block_r: int, block_k: int, k: int) -> TensorDescriptor:

@@ -20,8 +20,9 @@ from fp4compile.codegen.formats import E2M1_MAX, GlobalScale, Layout, QuantConfi
 from fp4compile.codegen.kernels.kernel_call import KernelCall
 from fp4compile.codegen.kernels.quantize import amax_kernel, hadamard_kernel, quantize_here_kernel, quantize_kernel
 from fp4compile.codegen.kernels.quantize_tiles import Tile, View, multiprocessors, power_of_two, steps, tile_of, tile_of_rows
+from fp4compile.codegen.ops import config_of
 from fp4compile.codegen.reference.layout import laid_out_shapes, lay_out_ref
-from fp4compile.codegen.target import target_of
+from fp4compile.codegen.target import known_target
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 OPTIONS: Final = {"num_stages": 1, "enable_fp_fusion": False}  # FMA would change bits
@@ -294,19 +295,6 @@ def hadamard(x: Tensor, axis: int, size: int) -> Tensor:
             HADAMARD=size, BLOCK_R=block_r, BLOCK_K=block_k, num_warps=4, **OPTIONS,
         )  # fmt: skip
     return out
-
-
-@functools.cache
-def config_of(
-    format: str, block: str, scale_rule: str, global_scale: str, rounding: str, hadamard: int, static_amax: float | None
-) -> QuantConfig:  # fmt: skip
-    return QuantConfig(
-        format=format, block=block, scale_rule=scale_rule, global_scale=global_scale, rounding=rounding,  # type: ignore[arg-type]
-        hadamard=hadamard, static_amax=static_amax,
-    )  # fmt: skip
-
-
-known_target = functools.cache(target_of)
 
 
 def check(dtype: torch.dtype, device: torch.device, where: str, fmt: str) -> None:

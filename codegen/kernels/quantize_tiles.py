@@ -12,6 +12,7 @@ from typing import Final
 import torch
 
 from fp4compile.codegen.formats import round_up
+from fp4compile.codegen.target import processors_of
 
 ELEMENTS: Final = 0
 QUADS: Final = 1
@@ -123,4 +124,4 @@ def steps(a_tiles: int, b_tiles: int, batch: int, programs: int) -> int:
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     """How many this GPU has; on the CPU, where the interpreter runs kernels, few, so that programs take several tiles."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    return processors_of(device) if device.type == "cuda" else 2

@@ -13,22 +13,15 @@ import triton
 from torch import Tensor
 
 from fp4compile.codegen import tuning
-from fp4compile.codegen.errors import Fp4CompileError
 from fp4compile.codegen.formats import Layout, round_up
 from fp4compile.codegen.kernel_spec import KernelSpec
 from fp4compile.codegen.kernels.decode_mm import KINDS, DecodeTile, NarrowTile, WideTile, choose_tile, decode_mm, key_of, supports
 from fp4compile.codegen.kernels.launch_hopper import TILES
-from fp4compile.codegen.reference.layout import lay_out_ref
+from fp4compile.codegen.reference.layout import lay_out_ref, suits_tiles
 from fp4compile.codegen.target import processors_of
 from fp4compile.codegen.timing import QUICK, copies_for, microseconds
 
 _SHARED_MEMORY: Final = 225_000  # bytes that a wide tile may have
-# float32 sums in another order differ by 2^-24 a term of random sign; another product differs by more than this.
-_SAME: Final = 1e-3
-
-
-class WrongTile(Fp4CompileError, RuntimeError):
-    template = "a tile gave another product: {tile}. It is not taken."
 
 
 def search(spec: KernelSpec, m: int, n: int, k: int, device: torch.device) -> None:
@@ -36,7 +29,7 @@ def search(spec: KernelSpec, m: int, n: int, k: int, device: torch.device) -> No
     dtype = spec.dtype if spec.lhs is None else torch.bfloat16  # a quantized operand is decoded to bfloat16 before
     major, minor = torch.cuda.get_device_capability(device)
     capability, processors = 10 * major + minor, processors_of(device)
-    tiled = n % 16 == 0 and 8 * round_up(k, 128) <= 9 * k  # as the pass that selects kernels decides
+    tiled = suits_tiles(n, k)
     padded_k = round_up(k, 128 if tiled else 16)
     key = key_of(m, n, padded_k, dtype, tiled)
     if supports(m, n, k, dtype, capability) is not None or tuning.lookup(device, key, KINDS) is not None:
@@ -50,8 +43,7 @@ def search(spec: KernelSpec, m: int, n: int, k: int, device: torch.device) -> No
 
     def time(tile: DecodeTile) -> float:
         found = decode_mm(x, *weights[0], None, None, torch.float32, n=n, tile=tile)
-        if not (found - expected).norm() <= _SAME * expected.norm():
-            raise WrongTile(tile=tile)
+        tuning.refuse_another_product(found, expected, tile)
         return microseconds([partial(decode_mm, x, *w, None, None, dtype, n=n, tile=tile) for w in weights], device, QUICK)
 
     every = dict.fromkeys((chosen, *candidates(m, padded_k, capability)))

@@ -12,7 +12,6 @@ import triton
 from torch import Tensor
 
 from fp4compile.codegen import tuning
-from fp4compile.codegen.errors import Fp4CompileError
 from fp4compile.codegen.formats import FORMATS, Layout, round_up
 from fp4compile.codegen.kernel_spec import KernelSpec
 from fp4compile.codegen.kernels import launch_native
@@ -23,13 +22,7 @@ from fp4compile.codegen.reference.matmul import scaled_mm_ref
 from fp4compile.codegen.target import processors_of
 from fp4compile.codegen.timing import QUICK, copies_for, microseconds
 
-# float32 sums in another order differ by 2^-24 a term of random sign; another product differs by more than this.
-_SAME: Final = 1e-3
 _CHECKED: Final = 512  # rows of each side, spread over all of them
-
-
-class WrongNativeTile(Fp4CompileError, RuntimeError):
-    template = "a native tile gave another product than the reference: {tile}. It is not taken."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +71,7 @@ def search(spec: KernelSpec, m: int, n: int, k: int, device: torch.device) -> No
         _check(run(weights[0], winner, torch.float32), x, weights[0], k, winner)
         return microseconds([partial(run, weight, winner, spec.dtype) for weight in weights], device, QUICK)
 
-    # RuntimeError covers a launch that the device refuses and `WrongNativeTile`.
+    # RuntimeError covers a launch that the device refuses and `WrongTile`.
     failures: tuple[type[Exception], ...] = (triton.TritonError, RuntimeError, ValueError)
     tuning.search(device, key, candidates(architecture, m, n, k, processors), time, failures)
 
@@ -103,5 +96,4 @@ def _check(found: Tensor, x: _Random, weight: _Random, k: int, winner: Winner) -
     expected = scaled_mm_ref(
         x.codes[rows], x.scales[rows], None, weight.codes[columns], weight.scales[columns], None, None, k, torch.float32
     )
-    if not (found[rows, columns] - expected).norm() <= _SAME * expected.norm():
-        raise WrongNativeTile(tile=winner)
+    tuning.refuse_another_product(found[rows, columns], expected, winner)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fp4compile.codegen.formats import Layout, round_up
+from fp4compile.codegen.formats import BLOCK_OF_SCALES, Layout, round_up
 from fp4compile.codegen.reference.swizzle import swizzle_ref, unswizzle_ref
 
 
@@ -26,6 +26,11 @@ def laid_out_shapes(rows: int, code_bytes: int, blocks: int, layout: str) -> tup
         tiles, chunks = round_up(rows, 16) // 16, round_up(code_bytes, 64) // 64
         return (tiles, chunks, 1024), (tiles, chunks, 128)
     return (rows, code_bytes), (rows, blocks)
+
+
+def suits_tiles(rows: int, k: int) -> bool:
+    """Whether a weight (`rows`, `k`) is worth tiling: it fills its tiles of rows, and padding costs at most an eighth of its memory."""
+    return rows % 16 == 0 and 8 * round_up(k, 128) <= 9 * k
 
 
 def rows_of(codes: Tensor, layout: str) -> int:
@@ -43,7 +48,7 @@ def lay_out_ref(codes: Tensor, scales: Tensor, layout: str) -> tuple[Tensor, Ten
 def plain_ref(codes: Tensor, scales: Tensor, layout: str) -> tuple[Tensor, Tensor]:
     """The inverse, but for the padding of a tiled matrix: whole tiles of 16 rows and chunks of 128 columns remain."""
     if layout == Layout.SWIZZLED:
-        columns = 2 * codes.shape[-1] // (16 if scales.dtype == torch.float8_e4m3fn else 32)
+        columns = 2 * codes.shape[-1] // BLOCK_OF_SCALES[scales.dtype]
         return codes, _each_matrix(scales[..., None, :], lambda flat: unswizzle_ref(flat[0], codes.shape[-2], columns))
     return _untile(codes, scales) if layout == Layout.TILED else (codes, scales)
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from fp4compile.bench.case import MatmulCase, QuantizeCase
 from fp4compile.codegen import ops
-from fp4compile.codegen.formats import Layout, QuantConfig, Rounding, round_up
+from fp4compile.codegen.formats import Layout, QuantConfig, Rounding
 from fp4compile.codegen.kernel_spec import KernelSpec
+from fp4compile.codegen.reference.layout import suits_tiles
 from fp4compile.codegen.registry import kernel_for, layouts_for
 from fp4compile.codegen.target import Target
 from fp4compile.codegen.timing import Call
@@ -120,4 +121,4 @@ def _a_may_have(case: MatmulCase, layout: Layout) -> bool:
 
 def _b_may_have(case: MatmulCase, layout: Layout) -> bool:
     """As it decides for a weight: a tiled one has whole tiles, and little padding."""
-    return layout is not Layout.TILED or (case.n % 16 == 0 and 8 * round_up(case.k, 128) <= 9 * case.k)
+    return layout is not Layout.TILED or suits_tiles(case.n, case.k)

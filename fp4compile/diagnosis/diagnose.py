@@ -14,17 +14,16 @@ import torch
 from torch import Tensor, fx, nn
 
 from fp4compile import capture, handoff
+from fp4compile.backend import context_of, follow_schedule
 from fp4compile.codegen.errors import Fp4CompileError
 from fp4compile.codegen.target import target_of
 from fp4compile.diagnosis.result import Diagnosis
 from fp4compile.diagnosis.watch_graph import Watch
-from fp4compile.passes.base import Pass, PassContext
+from fp4compile.passes.base import Pass
 from fp4compile.passes.lower_convolutions import LowerConvolutions
 from fp4compile.passes.pipeline import ANALYSIS, run
 from fp4compile.passes.record import GraphRecord
-from fp4compile.passes.site import Decision, Site, is_backward
 from fp4compile.policy.load import load_policy
-from fp4compile.steps import CLOCK
 
 PASSES: tuple[Pass, ...] = (*ANALYSIS, LowerConvolutions())  # afterwards each planned site is a product of two matrices
 
@@ -69,19 +68,10 @@ class Diagnoser:
         names, buffers = capture.parameter_names(gm, example_inputs), capture.buffer_positions(gm)
         target = target_of(capture.device_of(example_inputs), where="diagnose")
         record = GraphRecord(id=capture.compile_id(), training=False, target=target.name, policy=self.policy.name)
-        step = CLOCK.step
-        if self.policy.schedule:
-            capture.recompile_when_changed(lambda: self.policy.phase(CLOCK.step), f"phase of the schedule of policy {self.policy.name}")
+        step = follow_schedule(self.policy)
 
         def plan(joint: fx.GraphModule) -> None:
-            capture.mark_inputs(joint.graph, buffers)
-            record.training = any(is_backward(node) for node in joint.graph.nodes)
-            policy = self.policy.resolve_for(target, training=record.training).at(step)
-
-            def decide(sites: list[Site]) -> list[Decision]:
-                return policy.decide(sites, training=record.training)
-
-            run(joint, PassContext(decide=decide, target=target, record=record, parameters=names), PASSES)
+            run(joint, context_of(joint, self.policy, step, record, parameters=names, buffers=buffers)[0], PASSES)
 
         self.graphs.append(record)
         return handoff.trace_only(gm, example_inputs, transform=plan, fingerprint="diagnose", runner=self.watch.runner)

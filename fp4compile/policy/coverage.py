@@ -6,7 +6,7 @@ import difflib
 import re
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from fp4compile.codegen.errors import Fp4CompileError
@@ -41,25 +41,26 @@ def check_coverage(policy: Policy, sites: Sequence[Site], matching: Sequence[Seq
     """`matching[s]` holds the indices of the rules that match site `s`. Raises, or warns where the policy says so."""
     if not sites:
         return
-    for index, rule in enumerate(policy.rules):
-        if rule.optional or not _could_match(rule, training):
-            continue
-        problem = _problem(policy, index, sites, matching)
-        if problem is not None and policy.unmatched == "error":
-            raise problem
-        if problem is not None:
-            warnings.warn(str(problem), RuleWarning, stacklevel=3)
-    for switch in policy.schedule:  # now, not when the run has come to its step
-        rule = switch.rule
-        if rule is None or rule.optional or not _could_match(rule, training) or any(rule.covers(s, training=training) for s in sites):
-            continue
-        missing = RuleMatchesNothing(where=rule.label, keys=match_text(rule.match), count=len(sites), nearest=_nearest(rule, sites))
+    for problem in _problems(policy, sites, matching, training):
         if policy.unmatched == "error":
-            raise missing
-        warnings.warn(str(missing), RuleWarning, stacklevel=3)
+            raise problem
+        warnings.warn(str(problem), RuleWarning, stacklevel=3)
 
 
-def _could_match(rule: Rule, training: bool) -> bool:
+def _problems(
+    policy: Policy, sites: Sequence[Site], matching: Sequence[Sequence[int]], training: bool
+) -> Iterator[RuleMatchesNothing | RuleHidden]:
+    for index, rule in enumerate(policy.rules):
+        if _must_match(rule, training) and (problem := _problem(policy, index, sites, matching)) is not None:
+            yield problem
+    for rule in (switch.rule for switch in policy.schedule):  # now, not when the run has come to its step
+        if rule is not None and _must_match(rule, training) and not any(rule.covers(site, training=training) for site in sites):
+            yield _matches_nothing(rule, sites)
+
+
+def _must_match(rule: Rule, training: bool) -> bool:
+    if rule.optional:
+        return False
     backward_only = all(role in BACKWARD for role in rule.roles)
     return rule.match.covers_graph(training=training) and (training or not backward_only)
 
@@ -70,13 +71,16 @@ def _problem(
     rule = policy.rules[index]
     winners = Counter(found[-1] for found in matching if index in found)
     if not winners:
-        nearest = _nearest(rule, sites)
-        return RuleMatchesNothing(where=rule.label, keys=match_text(rule.match), count=len(sites), nearest=nearest)
+        return _matches_nothing(rule, sites)
     # A rule of another file is an exception that extends this one, which is what `extends` is for.
     if any(winner == index or policy.rules[winner].setting.origin != rule.setting.origin for winner in winners):
         return None
     hiding = ", ".join(f"{policy.rules[winner].label} ({match_text(policy.rules[winner].match)})" for winner in sorted(winners))
     return RuleHidden(where=rule.label, keys=match_text(rule.match), count=winners.total(), hiding=hiding)
+
+
+def _matches_nothing(rule: Rule, sites: Sequence[Site]) -> RuleMatchesNothing:
+    return RuleMatchesNothing(where=rule.label, keys=match_text(rule.match), count=len(sites), nearest=_nearest(rule, sites))
 
 
 def _nearest(rule: Rule, sites: Sequence[Site]) -> str:

@@ -13,7 +13,6 @@ import argparse
 import json
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -24,25 +23,8 @@ import torch
 import triton
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[2]
-# Compiling takes longer than running, and uses one core a process.
-SHARDS = {"quantize": 10, "hadamard": 1, "exact_products": 4, "products": 2, "grouped": 1}
-SECTIONS = [f"{kind} {shard}" for kind, shards in SHARDS.items() for shard in range(shards)]
-# A compiler's race that this found was lost in one run of four, by one tile of 128.
-RUNS = 20
-FAILURES = (triton.TritonError, RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError, AttributeError, KeyError)
-
-
-def link_package() -> tempfile.TemporaryDirectory[str]:
-    """Link the three floors together as the package they become, so that nothing need be installed; the root serves `tests` only."""
-    holder = tempfile.TemporaryDirectory()
-    package = Path(holder.name) / "fp4compile"
-    package.mkdir()
-    for source in (*(ROOT / "fp4compile").iterdir(), ROOT / "passes", ROOT / "codegen"):
-        (package / source.name).symlink_to(source)
-    sys.path[:] = [holder.name, *sys.path, str(ROOT)]
-    return holder
-
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tests.perf.linked_package import link_package
 
 _PACKAGE = link_package()
 
@@ -55,7 +37,13 @@ from fp4compile.codegen.reference.hadamard import hadamard_ref  # noqa: E402
 from fp4compile.codegen.reference.matmul import scaled_mm_ref  # noqa: E402
 from tests.codegen.kernels.exact_products import HIGH_PRECISION, KINDS, exact_side  # noqa: E402
 from tests.codegen.kernels.hard_inputs import DISTRIBUTIONS, all_quantizations, first_differences, hard_batch, same_nan  # noqa: E402
+from tests.perf.failures import FAILURES  # noqa: E402
 
+# Compiling takes longer than running, and uses one core a process.
+SHARDS = {"quantize": 10, "hadamard": 1, "exact_products": 4, "products": 2, "grouped": 1}
+SECTIONS = [f"{kind} {shard}" for kind, shards in SHARDS.items() for shard in range(shards)]
+# A compiler's race that this found was lost in one run of four, by one tile of 128.
+RUNS = 20
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 Check = tuple[str, Callable[[], dict[str, Any]]]  # name, and what returns {"failure": text or "", ...measurements}
 

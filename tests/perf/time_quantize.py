@@ -41,9 +41,9 @@ from fp4compile.codegen.reference.block import quantize_ref  # noqa: E402
 from fp4compile.codegen.reference.layout import lay_out_ref  # noqa: E402
 from fp4compile.codegen.timing import FULL, QUICK, microseconds  # noqa: E402
 from tests.codegen.kernels.hard_inputs import all_quantizations, first_differences, hard_batch  # noqa: E402
+from tests.perf.failures import FAILURES  # noqa: E402
 
 GPU = torch.device("cuda")
-FAILURES = (triton.TritonError, RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError, AttributeError, KeyError)
 STATIC = {"global_scale": "static", "static_amax": 4.0}
 WGRAD = {"hadamard": 16, "rounding": "stochastic"}
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
