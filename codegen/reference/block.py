@@ -71,14 +71,21 @@ def _encoder(config: QuantConfig, x: Tensor, seed: Tensor | None) -> Encoder:
 
 
 def _quantize_nvfp4(x: Tensor, config: QuantConfig, encode: Encoder) -> tuple[Tensor, Tensor, Tensor]:
-    finite = torch.isfinite(x)
-    magnitude = x.abs()
-    encode_scale = encode_scale_of(torch.where(finite, magnitude, 0.0), config)  # S
-    decode_scale = 1 / encode_scale
+    encode_scale = finite_encode_scale(x, config)
+    return *nvfp4_blocks(x, encode_scale, config, encode), 1 / encode_scale
+
+
+def finite_encode_scale(x: Tensor, config: QuantConfig) -> Tensor:
+    """S of `x` by its finite values."""
+    return encode_scale_of(torch.where(torch.isfinite(x), x.abs(), 0.0), config)
+
+
+def nvfp4_blocks(x: Tensor, encode_scale: Tensor, config: QuantConfig, encode: Encoder) -> tuple[Tensor, Tensor]:
+    """Codes, one an element, and scales of float32 `x` (..., R, Kp) whose S is `encode_scale`."""
     by_block = by_matrix(encode_scale, x.ndim)
     decode_by_block = 1 / by_block
 
-    block_max = spread_over_tiles(magnitude.unflatten(-1, (-1, 16)).amax(-1), config, torch.amax)  # b
+    block_max = spread_over_tiles(x.abs().unflatten(-1, (-1, 16)).amax(-1), config, torch.amax)  # b
     target = block_max * (by_block * ONE_SIXTH)
     if config.scale_rule is ScaleRule.AMAX_17_16:
         target = target * (17 / 16)
@@ -94,10 +101,15 @@ def _quantize_nvfp4(x: Tensor, config: QuantConfig, encode: Encoder) -> tuple[Te
         codes = torch.where(take_4.repeat_interleave(16, -1), codes_4, codes)
 
     # A NaN in the block maximum is any non-finite element of the block: amax keeps NaN, and Inf is caught here.
-    return codes, stored_scales(scale, torch.isfinite(block_max), torch.float8_e4m3fn), decode_scale
+    return codes, stored_scales(scale, torch.isfinite(block_max), torch.float8_e4m3fn)
 
 
 def _quantize_mxfp4(x: Tensor, config: QuantConfig, encode: Encoder) -> tuple[Tensor, Tensor, Tensor]:
+    return *mxfp4_blocks(x, encode), torch.ones(x.shape[:-2], device=x.device)
+
+
+def mxfp4_blocks(x: Tensor, encode: Encoder) -> tuple[Tensor, Tensor]:
+    """Codes, one an element, and scales of float32 `x` (..., R, Kp)."""
     blocks = x.unflatten(-1, (-1, 32))
     block_max = blocks.abs().amax(-1)
     exponent_byte = block_max.view(torch.int32) >> 23 & 0xFF
@@ -106,4 +118,4 @@ def _quantize_mxfp4(x: Tensor, config: QuantConfig, encode: Encoder) -> tuple[Te
     codes = encode((blocks * multiplier[..., None]).flatten(-2))
     finite = torch.isfinite(block_max)
     scales = torch.where(finite, byte, 0xFF).to(torch.uint8).view(torch.float8_e8m0fnu)
-    return codes, scales, torch.ones(x.shape[:-2], device=x.device)
+    return codes, scales
