@@ -19,6 +19,7 @@ _HOME = {
     "diagnose": "fp4compile.diagnosis.diagnose",
     "explain": "fp4compile.backend",
     "last_report": "fp4compile.backend",
+    "sensitivity": "fp4compile.isolation.run",
     "list_options": "fp4compile.options",
     "list_presets": "fp4compile.policy.presets",
     "load_policy": "fp4compile.policy.load",
