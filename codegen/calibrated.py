@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final
 
 from torch import Tensor
 
 from fp4compile.codegen.errors import UnknownName
-from fp4compile.codegen.formats import QuantConfig, ScaleRule
+from fp4compile.codegen.formats import QuantConfig, Rounding, ScaleRule
 from fp4compile.codegen.qtensor import QTensor
-from fp4compile.codegen.reference.gptq import gptq_ref
-from fp4compile.codegen.reference.local_hessian import local_hessian_ref
+from fp4compile.codegen.statistics import quantize_by_moments
 
 METHODS: Final = ("gptq", "local_hessian", "gptq_local_hessian")
 
@@ -24,21 +24,15 @@ def second_moments(inputs: Tensor) -> Tensor:
 def quantize_for_inputs(weight: Tensor, moments: Tensor, config: QuantConfig, *, method: str = "gptq", damping: float = 0.01) -> QTensor:
     """`weight` (N, K) as an ordinary quantized tensor, chosen so that the layer's output changes least.
 
-    moments: E[x x^T] (K, K) of the layer's inputs. method: "gptq" chooses codes under the scales of `config`; "local_hessian" chooses
-    scales (`config.scale_rule` is then "sweep"); "gptq_local_hessian" both. Raises `UnknownName` or `UnusableMoments`.
+    moments: E[x x^T] (K, K) of the layer's inputs; for "local_hessian" its diagonal blocks (ceil(K/16), 16, 16) are enough.
+    method: "gptq" chooses codes under the scales of `config`; "local_hessian" chooses scales (`config.scale_rule` is then "sweep");
+    "gptq_local_hessian" both. Raises `UnknownName` or `UnusableMoments`.
     """
     if method not in METHODS:
         raise UnknownName(what="method", found=method, valid=METHODS, where="quantize_for_inputs")
-    found = None
-    if method != "gptq":
-        swept = QuantConfig(
-            format=config.format, block=config.block, scale_rule=ScaleRule.SWEEP,
-            global_scale=config.global_scale, hadamard=config.hadamard, static_amax=config.static_amax,
-        )  # fmt: skip
-        found = local_hessian_ref(weight, moments, swept, damping=damping)
-        config = swept
-    if method != "local_hessian":
-        found = gptq_ref(weight, moments, config, damping=damping, quantized=found)
-    assert found is not None
-    codes, scales, decode = found
-    return QTensor(codes=codes, scales=scales, global_scale=decode, config=config, shape=weight.shape, dtype=weight.dtype)
+    rule = config.scale_rule if method == "gptq" else ScaleRule.LOCAL_HESSIAN
+    rounding = Rounding.NEAREST if method == "local_hessian" else Rounding.GPTQ
+    chosen = replace(config, scale_rule=rule, rounding=rounding, calibration="of the caller")
+    codes, scales, decode = quantize_by_moments(weight, moments, chosen, damping)
+    shown = config if method == "gptq" else replace(config, scale_rule=ScaleRule.SWEEP)
+    return QTensor(codes=codes, scales=scales, global_scale=decode, config=shown, shape=weight.shape, dtype=weight.dtype)

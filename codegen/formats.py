@@ -122,9 +122,9 @@ _SOAR: Final = (ScaleRule.SOAR, ScaleRule.SOAR_DECOUPLED)
 _OFFLINE: Final = (ScaleRule.SWEEP, *_SOAR, ScaleRule.LOCAL_HESSIAN)
 # Scale rules that compare by squared error, as the choice between two kinds of block does.
 _FLAGGED_RULES: Final = {
-    "mixfp4": (ScaleRule.AMAX, ScaleRule.FOUR_OVER_SIX, ScaleRule.SWEEP),
-    "if4": (ScaleRule.AMAX, ScaleRule.SWEEP),
-    "nvint4": (ScaleRule.AMAX, ScaleRule.SWEEP),
+    "mixfp4": (ScaleRule.AMAX, ScaleRule.FOUR_OVER_SIX, ScaleRule.SWEEP, ScaleRule.LOCAL_HESSIAN),
+    "if4": (ScaleRule.AMAX, ScaleRule.SWEEP, ScaleRule.LOCAL_HESSIAN),
+    "nvint4": (ScaleRule.AMAX, ScaleRule.SWEEP, ScaleRule.LOCAL_HESSIAN),
 }
 
 
@@ -147,6 +147,7 @@ class QuantConfig:
     rounding: Rounding = Rounding.NEAREST
     hadamard: int = 0
     static_amax: float | None = None
+    calibration: str = ""  # whose statistics it goes by: a key of `codegen/statistics.py`; empty where it needs none
     signs: Signs = Signs.FIXED  # passes spell random ones as a product before the rotation: operators know the fixed ones only
 
     def __post_init__(self) -> None:
@@ -158,6 +159,8 @@ class QuantConfig:
             if value not in list(kind):
                 raise UnknownName(what=field, found=str(value), valid=list(kind))
             object.__setattr__(self, field, kind(value))
+        if not self.needs_statistics:
+            object.__setattr__(self, "calibration", "")
         for found, needed, advice in self._conflicts():
             raise IllegalCombination(where=f"quantize to {self.format}", found=found, needed=needed, advice=advice)
 
@@ -196,10 +199,13 @@ class QuantConfig:
 
     def _calibration_conflicts(self) -> tuple[tuple[bool, str, str, str], ...]:
         needed = "It needs a calibration artefact, the second moments of the layer's input."
-        advice = "Use scale_rule = 'sweep', which needs no data."
+        advice = (
+            "Run `fp4compile calibrate` and name its file in the policy, calibration = 'file.pt'; or use scale_rule = 'sweep', "
+            "which needs no data."
+        )
         return (
-            (self.scale_rule is ScaleRule.LOCAL_HESSIAN, "scale_rule = local_hessian", needed, advice),
-            (self.rounding is Rounding.GPTQ, "rounding = gptq", needed, advice),
+            (self.scale_rule is ScaleRule.LOCAL_HESSIAN and not self.calibration, "scale_rule = local_hessian", needed, advice),
+            (self.rounding is Rounding.GPTQ and not self.calibration, "rounding = gptq", needed, advice),
         )
 
     def _flagged_conflicts(self) -> tuple[tuple[bool, str, str, str], ...]:
@@ -270,17 +276,32 @@ class QuantConfig:
     def _static_conflicts(self) -> tuple[tuple[bool, str, str, str], ...]:
         amax = self.static_amax
         found = f"global_scale = {self.global_scale} with static_amax = {amax}"
-        lonely = (self.global_scale is GlobalScale.STATIC) != (amax is not None)
+        lonely = (self.global_scale is GlobalScale.STATIC) != (amax is not None) and not self.calibration
         unusable = amax is not None and not 0 < amax < FP32_MAX
         return (
-            (lonely, found, "A static scale and its calibrated amax come together.", "Give both or neither."),
+            (
+                lonely,
+                found,
+                "A static scale and its calibrated amax come together.",
+                "Give both or neither; in a policy calibration = 'file.pt' gives the amax of activations.",
+            ),
             (unusable, f"static_amax = {amax}", "It must be positive and finite.", "Calibrate again."),
         )
 
     @property
     def is_offline(self) -> bool:
         """Whether it is computed in plain PyTorch, once a weight: such a search has no kernel and is too slow for activations."""
-        return self.scale_rule in _OFFLINE or bool(self.fmt.flagged_values)
+        return self.scale_rule in _OFFLINE or self.rounding is Rounding.GPTQ or bool(self.fmt.flagged_values)
+
+    @property
+    def needs_moments(self) -> bool:
+        """Whether it is chosen by the error of the layer's output, which takes the second moments of the layer's input."""
+        return self.scale_rule is ScaleRule.LOCAL_HESSIAN or self.rounding is Rounding.GPTQ
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether it takes anything from a calibration."""
+        return self.needs_moments or (self.global_scale is GlobalScale.STATIC and self.static_amax is None)
 
     @property
     def fmt(self) -> BlockFormat:
@@ -304,6 +325,7 @@ class QuantConfig:
             "" if self.global_scale is GlobalScale.TENSOR else str(self.global_scale),
             "sr" if self.rounding is Rounding.STOCHASTIC else "",
             f"h{self.hadamard}" if self.hadamard else "",
+            "gptq" if self.rounding is Rounding.GPTQ else "",
             "random signs" if self.signs is Signs.RANDOM else "",
         ]
         return "+".join(e for e in extras if e)

@@ -8,7 +8,7 @@ scales lie, never their values: whoever sets it on `quantize` sets it on every p
 from __future__ import annotations
 
 import functools
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from fp4compile.codegen.cpu import launch as cpu
 from fp4compile.codegen.formats import FORMATS, GlobalScale, QuantConfig, Signs, round_up
 from fp4compile.codegen.reference.block import dequantize_ref, quantize_ref
 from fp4compile.codegen.reference.layout import laid_out_shapes, lay_out_ref, plain_ref, rows_of
+from fp4compile.codegen.statistics import quantize_calibrated
 
 _LIB = Library("fp4", "DEF")
 # flexible_layout: every implementation reads strides, so Inductor never has to copy an input into another layout.
@@ -26,7 +27,8 @@ _OPERANDS = "Tensor a, Tensor? a_scales, Tensor? a_global, Tensor b, Tensor? b_s
 _LAYOUTS = "*, str a_layout='plain', str b_layout='plain'"
 _LIB.define(
     "quantize(Tensor x, int axis, str format, str block, str scale_rule, str global_scale, str rounding, int hadamard,"
-    " float? static_amax=None, Tensor? seed=None, *, str layout='plain') -> (Tensor codes, Tensor scales, Tensor global_scale)",
+    " float? static_amax=None, Tensor? seed=None, *, str layout='plain', str calibration='')"
+    " -> (Tensor codes, Tensor scales, Tensor global_scale)",
     tags=_TAGS,
 )
 # Two configurations, of the copy along the rows and of the copy along the columns: `quantize_both_args`.
@@ -68,13 +70,17 @@ def quantize_both_args(row: QuantConfig, column: QuantConfig) -> tuple[object, .
 
 @functools.cache
 def config_of(*args: object) -> QuantConfig:
-    """The inverse of `quantize_args`."""
+    """The inverse of `quantize_args`; whose statistics a calibrated weight goes by is an argument of the operator for itself."""
     fields = ("format", "block", "scale_rule", "global_scale", "rounding", "hadamard", "static_amax")
-    return QuantConfig(**dict(zip(fields, args, strict=True)))  # type: ignore[arg-type]
+    given: dict[str, Any] = dict(zip(fields, args, strict=True))
+    lonely = given["global_scale"] == GlobalScale.STATIC and given["static_amax"] is None
+    return QuantConfig(**given, calibration="" if lonely else "of the call")
 
 
 @register_fake("fp4::quantize", lib=_LIB)
-def _quantize_fake(x, axis, format, block, scale_rule, global_scale, rounding, hadamard, static_amax=None, seed=None, *, layout="plain"):
+def _quantize_fake(
+    x, axis, format, block, scale_rule, global_scale, rounding, hadamard, static_amax=None, seed=None, *, layout="plain", calibration=""
+):
     fmt = FORMATS[format]
     rows, k = (x.shape[-2], x.shape[-1]) if axis == -1 else (x.shape[-1], x.shape[-2])
     batch = x.shape[:-2]
@@ -136,12 +142,17 @@ SHAPE_RULES: Final = {
 def _or_offline(by_kernel):
     """`fp4::quantize` of one device: what no kernel computes, a search that runs once a weight, is plain PyTorch on every device."""
 
-    def call(x, axis, format, block, scale_rule, global_scale, rounding, hadamard, static_amax=None, seed=None, *, layout="plain"):
+    def call(
+        x, axis, format, block, scale_rule, global_scale, rounding, hadamard, static_amax=None, seed=None, *, layout="plain", calibration=""
+    ):
         fields = (format, block, scale_rule, global_scale, rounding, hadamard, static_amax)
         config = config_of(*fields)
         if not config.is_offline:
             return by_kernel(x, axis, *fields, seed, layout=layout)
-        codes, scales, decode = quantize_ref(x, config, axis=axis)
+        if config.needs_moments:
+            codes, scales, decode = quantize_calibrated(x if axis == -1 else x.mT, config, calibration)
+        else:
+            codes, scales, decode = quantize_ref(x, config, axis=axis)
         return *lay_out_ref(codes, scales, layout), decode
 
     return call

@@ -44,6 +44,7 @@ def quantize_ref(x: Tensor, config: QuantConfig, *, axis: int = -1, seed: Tensor
     if config.hadamard:
         x = hadamard_ref(x, config.hadamard)
     x = x.float()
+    assert not config.needs_moments, "what a calibration chooses is chosen in `codegen/statistics.py`"
     if config.is_offline:
         search = quantize_soar_ref if config.scale_rule.startswith("soar") else quantize_by_search_ref
         codes, scales, global_scale = search(x, config)

@@ -47,7 +47,7 @@ def gptq_ref(
     assert weight.ndim == 2 and config.rounding is Rounding.NEAREST
     k = round_up(weight.shape[1], config.k_multiple)
     values = rotated(weight, k, config)
-    h = rotated_moments(usable(moments, weight.shape[1], "gptq"), k, config).double()
+    h = rotated_moments(usable(moments, (weight.shape[1], weight.shape[1]), "gptq"), k, config).double()
     _, scales, decode = quantized or quantize_ref(weight, config)
     grid = _Grid.of(scales, decode, config)
     order = h.diagonal().argsort(descending=True, stable=True) if by_activation else torch.arange(k, device=h.device)
@@ -62,11 +62,11 @@ def gptq_ref(
     return pack_ref(found), scales, decode
 
 
-def usable(moments: Tensor, k: int, where: str) -> Tensor:
-    """`moments` (K, K) as float32. Raises `UnusableMoments`."""
-    if moments.shape != (k, k):
-        raise UnusableMoments(where=where, found=f"have shape {tuple(moments.shape)}", needed=f"({k}, {k}) is needed")
-    if not bool(torch.isfinite(moments).all()) or not bool((moments.diagonal() > 0).any()):
+def usable(moments: Tensor, shape: tuple[int, ...], where: str) -> Tensor:
+    """`moments`, a matrix or several, as float32. Raises `UnusableMoments`."""
+    if moments.shape != shape:
+        raise UnusableMoments(where=where, found=f"have shape {tuple(moments.shape)}", needed=f"{shape} is needed")
+    if not bool(torch.isfinite(moments).all()) or not bool((moments.diagonal(dim1=-2, dim2=-1) > 0).any()):
         raise UnusableMoments(where=where, found="hold NaN, Inf, or nothing but zeros", needed="E[x x^T] of the layer's input is needed")
     return moments.float()
 

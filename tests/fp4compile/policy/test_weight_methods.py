@@ -116,7 +116,8 @@ REFUSED = {
     "gptq": (
         {"extends": "nvfp4_a16", "default": {"weight": {"rounding": "gptq"}}},
         "inline policy, [default] (fprop weight): rounding = gptq. It needs a calibration artefact, the second moments of the layer's "
-        "input. Use scale_rule = 'sweep', which needs no data.",
+        "input. Run `fp4compile calibrate` and name its file in the policy, calibration = 'file.pt'; or use scale_rule = 'sweep', "
+        "which needs no data.",
     ),
     "local_hessian": (
         {"extends": "nvfp4_a16", "default": {"weight": {"scale_rule": "local_hessian"}}},
