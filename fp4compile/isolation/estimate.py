@@ -49,13 +49,10 @@ class Estimating:
     def add(self, call: Call, gradient: Tensor) -> None:
         with torch.no_grad():
             g = gradient.float()
-            by_row = [_zero(g), _zero(g)]
-            for i, config in enumerate((call.plan.rhs, call.plan.lhs)):
-                if config is not None:
-                    by_row[i] = (g * call.difference(lhs=i == 1, rhs=i == 0)).sum(-1)
-            total = by_row[0] + by_row[1]
+            activation, weight = (g.new_zeros(g.shape[:-1]) if d is None else (g * d).sum(-1) for d in call.differences())
+            total = weight + activation
             curvature = 0.5 * total.numel() * total.square().sum(dtype=torch.float64)
-            found = torch.stack([by_row[0].sum(dtype=torch.float64), by_row[1].sum(dtype=torch.float64), curvature])
+            found = torch.stack([weight.sum(dtype=torch.float64), activation.sum(dtype=torch.float64), curvature])
             self.sums[call.site.name] = self.sums.get(call.site.name, torch.zeros_like(found)) + found
 
     def of(self, batches: int) -> dict[str, Estimate]:
@@ -76,10 +73,6 @@ class _Hook:
         owner = self.owner()
         if owner is not None:
             owner.add(self.call, gradient)
-
-
-def _zero(g: Tensor) -> Tensor:
-    return g.new_zeros(g.shape[:-1])
 
 
 def spearman(x: list[float], y: list[float]) -> float:

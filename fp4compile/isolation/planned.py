@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fp4compile import capture, handoff
 from fp4compile.backend import context_of, follow_schedule
 from fp4compile.codegen import ops
 from fp4compile.codegen.errors import Fp4CompileError
-from fp4compile.codegen.formats import QuantConfig
+from fp4compile.codegen.formats import QuantConfig, round_up
+from fp4compile.codegen.reference.block import dequantize_ref
 from fp4compile.codegen.target import target_of
 from fp4compile.passes.base import Pass
 from fp4compile.passes.lower_convolutions import LowerConvolutions
@@ -29,6 +31,12 @@ from fp4compile.policy.rule import Policy
 aten, prims = torch.ops.aten, torch.ops.prims
 PASSES: Final[tuple[Pass, ...]] = (*ANALYSIS, LowerConvolutions())  # afterwards each planned site is a product of two matrices
 _FIRST_FACTOR: Final[Mapping[object, int]] = {aten.addmm.default: 1}  # position of the left factor; the right one follows
+
+# Position of the argument that says whether a backward will follow: where it was traced without one, it is false.
+_LOG_SUM_EXP: Final[Mapping[object, int]] = {
+    aten._scaled_dot_product_efficient_attention.default: 4,
+    aten._scaled_dot_product_cudnn_attention.default: 4,
+}
 
 Packed = tuple[Tensor, Tensor, Tensor]  # codes, scales, global scale
 Batch = Any  # a tensor, a tuple of positional arguments, or a mapping of keyword arguments
@@ -55,28 +63,45 @@ class Call:
     def grouped(self) -> bool:
         return self.site.op == "_grouped_mm"
 
-    def quantized(self, *, lhs: bool = True, rhs: bool = True) -> Tensor:
-        """The product as the policy has it, or with only one of its operands quantized."""
-        return self._product(lhs, rhs, self.extra, self.site.dtype)
-
-    def difference(self, *, lhs: bool = False, rhs: bool = False) -> Tensor:
-        """What quantizing these operands adds to the result, float32."""
-        if self.grouped:
-            return self._product(lhs, rhs, self.extra, self.site.dtype).float() - self.exact().float()
-        return self._product(lhs, rhs, None, torch.float32) - self.a.float() @ self.b.float()
-
-    def _product(self, lhs: bool, rhs: bool, extra: Tensor | None, dtype: torch.dtype) -> Tensor:
-        left = self._operand(self.a, self.site.lhs, self.plan.lhs, -1, quantize=lhs)
-        right = self._operand(self.b, self.site.rhs, self.plan.rhs, -2, quantize=rhs)
+    def quantized(self) -> Tensor:
+        """The product as the policy has it."""
+        left = self._operand(self.a, self.site.lhs, self.plan.lhs, -1)
+        right = self._operand(self.b, self.site.rhs, self.plan.rhs, -2)
         function = ops.SCALED_GROUPED_MM if self.grouped else ops.SCALED_MM
-        return function(*left, *right, extra, self.a.shape[-1], dtype)
+        return function(*left, *right, self.extra, self.a.shape[-1], self.site.dtype)
 
-    def _operand(
-        self, x: Tensor, operand: Operand | None, config: QuantConfig | None, axis: int, *, quantize: bool
-    ) -> Packed | tuple[Tensor, None, None]:
-        if config is not None and quantize:
+    def differences(self) -> tuple[Tensor | None, Tensor | None]:
+        """What quantizing A alone and B alone adds to the result, float32 (..., M, N); None for an operand that stays."""
+        a, b = self._rows(self.a, -1), self._rows(self.b, -2)
+        of_a = of_b = None
+        if self.plan.lhs is not None:
+            of_a = self._times(self._error(a, self._packed(self.a, self.site.lhs, self.plan.lhs, -1)), b)
+        if self.plan.rhs is not None:
+            of_b = self._times(a, self._error(b, self._packed(self.b, self.site.rhs, self.plan.rhs, -2)))
+        return of_a, of_b
+
+    def _times(self, a: Tensor, b: Tensor) -> Tensor:
+        """A (..., M, K) times B (..., N, K) transposed."""
+        if self.grouped:
+            return ops.SCALED_GROUPED_MM(a, None, None, b, None, None, self.extra, a.shape[-1], torch.float32)
+        return a @ b.mT
+
+    def _rows(self, x: Tensor, axis: int) -> Tensor:
+        """float32 with K last, padded and rotated as quantizing does it."""
+        configs = [config for config in (self.plan.lhs, self.plan.rhs) if config is not None]
+        k, rotation = self.a.shape[-1], max(config.hadamard for config in configs)
+        rows = F.pad((x if axis == -1 else x.mT), (0, round_up(k, max(config.k_multiple for config in configs)) - k))
+        return (ops.HADAMARD(rows, -1, rotation) if rotation else rows).float()
+
+    def _error(self, rows: Tensor, packed: Packed) -> Tensor:
+        values = dequantize_ref(*packed)
+        return F.pad(values, (0, rows.shape[-1] - values.shape[-1])) - rows
+
+    def _operand(self, x: Tensor, operand: Operand | None, config: QuantConfig | None, axis: int) -> Packed | tuple[Tensor, None, None]:
+        if config is not None:
             return self._packed(x, operand, config, axis)
-        rotation = max(c.hadamard if c is not None else 0 for c in (self.plan.lhs, self.plan.rhs))
+        other = self.plan.lhs or self.plan.rhs
+        rotation = other.hadamard if other is not None else 0
         rows = x if axis == -1 else x.mT
         return (ops.HADAMARD(rows, -1, rotation) if rotation else rows), None, None
 
@@ -147,6 +172,9 @@ class _Running(fx.Interpreter):
         if n.target is prims.convert_element_type.default:
             args, _ = self.fetch_args_kwargs_from_env(n)
             return args[0].to(args[1])  # the operator itself has no derivative
+        if torch.is_grad_enabled() and (at := _LOG_SUM_EXP.get(n.target)) is not None:
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            return self.call_function(n.target, (*args[:at], True, *args[at + 1 :]), kwargs)
         if n.op != "call_function" or site is None or plan is None or not plan.quantizes:
             return super().run_node(n)
         args, _ = self.fetch_args_kwargs_from_env(n)

@@ -91,13 +91,13 @@ class _Run:
         todo = [part for part in parts_of(facts, isolate) if (part.kind, part.name) not in done]
         estimating = estimate and not self.entry["estimates"]
         with tqdm(total=(len(todo) + estimating) * len(self.batches), unit="batch", disable=not progress) as bar:
-            if estimating:
-                bar.set_description(f"{self.policy.name}: first order")
-                self._estimate(bar)
             for part in todo:
                 bar.set_description(f"{self.policy.name}: {part.kind} {part.name}")
                 self.entry["rows"].append(self._row(part, bar))
                 self.store.save()
+            if estimating:
+                bar.set_description(f"{self.policy.name}: first order")
+                self._estimate(bar)
 
     def _survey(self) -> None:
         """The sites and the loss in high precision. Raises `NothingPlanned`, `RoleMatchesNothing`."""

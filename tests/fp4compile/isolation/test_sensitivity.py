@@ -140,7 +140,7 @@ def test_the_curvature_ranks_matmuls_as_their_divergence_does(model: Model, batc
 def test_a_killed_run_goes_on(model: Model, batches: list[Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = tmp_path / "deep" / "store.json"
     whole = measured(model, batches, store=tmp_path / "whole.json")
-    save, left = Store.save, [4]
+    save, left = Store.save, [3]
 
     def killed(self: Store) -> None:
         save(self)
