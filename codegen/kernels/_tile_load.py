@@ -46,12 +46,17 @@ def rotated(x, DTYPE: tl.constexpr, HADAMARD: tl.constexpr, A: tl.constexpr, B: 
 @triton.jit
 def _load_quads(x_ptr, row, unit, rows, k, stride_r, UNIT: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
     """Rows of whole units, contiguous and at multiples of 16 bytes, which `stride_r` counts."""
+    row = (row + tl.arange(0, A))[:, None]
+    unit = (unit + tl.arange(0, B))[None, :]
+    return load_unit_quads(x_ptr, row, unit, (row < rows) & (unit < k // UNIT), stride_r, UNIT, A, B)
+
+
+@triton.jit
+def load_unit_quads(x_ptr, row, unit, inside, stride_r, UNIT: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
+    """float32 [A, B, UNIT] of `row` [A, 1] and `unit` [1, B], which need not follow each other."""
     WIDE: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
     QUADS_A_UNIT: tl.constexpr = UNIT // 4 if WIDE else UNIT // 8
-    row = row + tl.arange(0, A)
-    unit = unit + tl.arange(0, B)
-    inside = (row < rows)[:, None] & (unit < k // UNIT)[None, :]
-    first = row[:, None].to(tl.int64) * stride_r * 4 + unit[None, :] * (4 * QUADS_A_UNIT)
+    first = row.to(tl.int64) * stride_r * 4 + unit * (4 * QUADS_A_UNIT)
     words = _load_words(x_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + first, inside, QUADS_A_UNIT, A, B)
     if WIDE:
         return bits_float(words)
@@ -127,17 +132,17 @@ def _load_elements(
     else:
         row = (row + tl.arange(0, A))[:, None]
         first_k = ((unit + tl.arange(0, B)) * UNIT)[None, :]
-    return _load_each(x_ptr + row.to(tl.int64) * stride_r, first_k, row < rows, k, stride_k, UNIT, A, B)
+    return load_each(x_ptr + row.to(tl.int64) * stride_r, first_k, row < rows, k, stride_k, UNIT, A, B)
 
 
 @triton.jit
-def _load_each(address, first_k, inside, k, stride_k, COUNT: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
+def load_each(address, first_k, inside, k, stride_k, COUNT: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
     """float32 [A, B, COUNT] of single elements at `first_k` and what follows it."""
     if COUNT == 2:
         low = tl.load(address + first_k.to(tl.int64) * stride_k, mask=inside & (first_k < k), other=0.0)
         high = tl.load(address + (first_k + 1).to(tl.int64) * stride_k, mask=inside & (first_k + 1 < k), other=0.0)
         return tl.join(low.to(tl.float32), high.to(tl.float32))
     else:
-        low = _load_each(address, first_k, inside, k, stride_k, COUNT // 2, A, B)
-        high = _load_each(address, first_k + COUNT // 2, inside, k, stride_k, COUNT // 2, A, B)
+        low = load_each(address, first_k, inside, k, stride_k, COUNT // 2, A, B)
+        high = load_each(address, first_k + COUNT // 2, inside, k, stride_k, COUNT // 2, A, B)
         return tl.reshape(tl.permute(tl.join(low, high), (0, 1, 3, 2)), [A, B, COUNT])
