@@ -13,8 +13,10 @@ from fp4compile import capture, handoff
 from fp4compile.codegen.known_bad import check_versions
 from fp4compile.codegen.registry import relied_on, sources_of
 from fp4compile.codegen.target import target_of
+from fp4compile.kernels_ahead import KernelsAhead
 from fp4compile.options import Options
 from fp4compile.passes.base import Pass, PassContext
+from fp4compile.passes.operator_calls import operator_calls
 from fp4compile.passes.pipeline import ANALYSIS, PIPELINE, run
 from fp4compile.passes.products import ProductShape, static_products
 from fp4compile.passes.record import GraphRecord
@@ -37,7 +39,8 @@ def fp4(
     """`torch.compile(model, backend="fp4")` ends here, once for each graph that Dynamo captures."""
     chosen = Options.parse(options, mode)
     where = 'torch.compile(backend="fp4")'
-    target = target_of(capture.device_of(example_inputs), where=where)
+    device = capture.device_of(example_inputs)
+    target = target_of(device, where=where)
     check_versions(target, (), where=where)
     policy = load_policy(chosen.policy)
     step = follow_schedule(policy)
@@ -45,10 +48,12 @@ def fp4(
     transform = _Transform.of(gm, example_inputs, policy, chosen, record, PIPELINE, step)
 
     products: list[ProductShape] = []
+    ahead = KernelsAhead(device=device)
 
     def checked_transform(graph: fx.GraphModule) -> None:
         transform(graph)
         check_versions(target, relied_on(row.kernel for row in record.sites), where=where)
+        ahead.start(operator_calls(graph))
         if wants_search(chosen.mode):
             products.extend(static_products(graph))
 
@@ -68,8 +73,9 @@ def fp4(
         on_backward=lambda graph: count_saved(graph, transform.parameters, record),
     )
     _RECORDS.append(record)
+    ahead.finish()
     if products:
-        search_products(products, target, capture.device_of(example_inputs))
+        search_products(products, target, device)
     return compiled
 
 

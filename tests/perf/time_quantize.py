@@ -273,6 +273,7 @@ def main() -> int:
     if given.part:
         work(*given.part, given)
         return 0
+    given.folder.mkdir(parents=True, exist_ok=True)
     compared, failures = work_everywhere(given)
     print(f"{compared / 1e6:.0f} M elements compared, {len(failures)} checks failed", flush=True)
     for failure in failures[:20]:
