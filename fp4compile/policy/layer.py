@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Final
 
+from fp4compile.calibration.source import CalibrationSource
 from fp4compile.codegen.errors import IllegalCombination
 from fp4compile.codegen.formats import FORMATS, FP32_MAX, HADAMARD_SIZES, Block, GlobalScale, Rounding, ScaleRule, Signs
 from fp4compile.passes.site import OperandKind, Role
@@ -28,7 +30,10 @@ from fp4compile.policy.rule import OPS, TRAITS, Match, Rule, Switch, Training
 from fp4compile.policy.setting import BACKWARD, KINDS, OPERANDS, OperandTable, Precision, Setting
 
 VERSION: Final = 1
-_TOP_KEYS = ("version", "name", "description", "extends", "unmatched", "default", "rule", "training", "schedule")
+_TOP_KEYS = (
+    "version", "name", "description", "extends", "unmatched", "calibration", "calibration_digest",
+    "default", "rule", "training", "schedule",
+)  # fmt: skip
 _PRESET_KEYS = (*_TOP_KEYS, "auto")
 _SETTING_KEYS = ("precision", "format", "hadamard", "signs")
 _BOUNDS = ("min_m", "max_m", "min_n", "max_n", "min_k", "max_k")
@@ -61,6 +66,7 @@ class Layer:
     rules: tuple[Rule, ...]
     schedule: tuple[Switch, ...] = ()
     auto: AutoChoice | None = None
+    calibration: CalibrationSource | None = None
 
     def over(self, base: Layer) -> Layer:
         """Tables field by field, rules behind the base's."""
@@ -71,6 +77,7 @@ class Layer:
             training=self.training.over(base.training),
             rules=(*base.rules, *self.rules),
             schedule=(*base.schedule, *self.schedule),
+            calibration=self.calibration or base.calibration,
         )
 
 
@@ -91,7 +98,15 @@ def parse_layer(table: Table, *, label: str, preset: bool = False) -> Layer:
         rules=tuple(_rule(rule, label, number, preset) for number, rule in enumerate(tables_at(table, "rule", label), 1)),
         schedule=tuple(_switch(switch, label, number) for number, switch in enumerate(tables_at(table, "schedule", label), 1)),
         auto=AutoChoice(**table["auto"]) if "auto" in table else None,
+        calibration=_calibration(table, label),
     )
+
+
+def _calibration(table: Table, label: str) -> CalibrationSource | None:
+    file, digest = text_at(table, "calibration", label), text_at(table, "calibration_digest", label)
+    if digest and not file:
+        raise WrongValue(where=label, key="calibration_digest", found=digest, needed='it belongs to a file: calibration = "file.pt"')
+    return CalibrationSource(label=file, digest=digest, path=Path(file)) if file else None
 
 
 def _default(table: Table | None, label: str) -> Setting:

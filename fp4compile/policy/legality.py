@@ -11,14 +11,15 @@ from fp4compile.policy.setting import BACKWARD, KINDS, OperandTable, Precision, 
 
 def refuse_illegal(policy: Policy) -> None:
     """Build every config that the policy can ask for. Raises `IllegalCombination`, which names file and rule."""
-    configs_of(policy.setting_for(None, Role.FPROP, training=False), Role.FPROP, policy.source_of(Role.FPROP, training=False))
+    where = policy.source_of(Role.FPROP, training=False)
+    configs_of(policy.setting_for(None, Role.FPROP, training=False), Role.FPROP, where, policy.calibrated_by)
     for role in (Role.FPROP, *BACKWARD):
         own = policy.training.of(role)
         if own is None:
             continue
         where = policy.source_of(role, training=True)
         setting = policy.setting_for(None, role, training=True)
-        quantized = configs_of(setting, role, where)
+        quantized = configs_of(setting, role, where, policy.calibrated_by)
         if own.precision not in (None, Precision.HIGH, Precision.DEQUANTIZED) and not quantized:
             raise _quantizes_nothing(where, f'precision = "{own.precision}"', "Under w4a16 only weights are 4-bit, and it has none.")
     for rule in policy.rules:
@@ -34,7 +35,7 @@ def _refuse_illegal_rule(policy: Policy, rule: Rule) -> None:
             if role in BACKWARD and not training:
                 continue
             setting = policy.setting_for(rule, role, training=training)
-            quantized |= set(configs_of(setting, role, rule.label))
+            quantized |= set(configs_of(setting, role, rule.label, policy.calibrated_by))
     given = [kind for kind in KINDS if getattr(rule.setting, kind.value) != OperandTable()]
     unused = [kind for kind in given if kind not in quantized]
     if unused:

@@ -41,22 +41,33 @@ class NothingToStartFrom(Fp4CompileError, ValueError):
     )
 
 
-def load_policy(source: str | os.PathLike[str] | Policy | Mapping[str, Any]) -> Policy:
+def load_policy(source: str | os.PathLike[str] | Policy | Mapping[str, Any], *, calibrated: bool = True) -> Policy:
     """The policy that `source` names or holds: a preset's name, the path of a TOML file, a parsed file, or a policy already.
 
+    calibrated: read the calibration artefact that it names, too; without, it can be looked at before there is one.
+
     Raises `UnknownName` for a name that is neither preset nor file, and for unknown keys and values; `InvalidToml`, `UnreadablePolicy`,
-    `WrongValue`, `IllegalCombination`, `CircularExtends`, `NothingToStartFrom`. All are `Fp4CompileError`.
+    `WrongValue`, `IllegalCombination`, `CircularExtends`, `NothingToStartFrom`; `NotCalibrated`, `UnreadableCalibration`,
+    `AnotherCalibration`. All are `Fp4CompileError`.
     """
     if isinstance(source, Policy):
         return source
-    if isinstance(source, Mapping):
-        layers = _with_bases(parse_layer(source, label=_INLINE), Path(), ())
-        return _build(layers, layers[-1].name or _INLINE)
     if isinstance(source, str) and source in preset_names():
         return _build(_preset_chain(source), source)
-    path = Path(source)
-    layers = _file_chain(path, path.name, ())
-    return _build(layers, layers[-1].name or path.name)
+    if isinstance(source, Mapping):
+        label, layers = _INLINE, _with_bases(parse_layer(source, label=_INLINE), Path(), ())
+    else:
+        label, layers = Path(source).name, _file_chain(Path(source), Path(source).name, ())
+    return _build(_with_statistics(layers) if calibrated else layers, layers[-1].name or label)
+
+
+def _with_statistics(layers: list[Layer]) -> list[Layer]:
+    """The last artefact that is named holds, and is read."""
+    last = next((i for i in reversed(range(len(layers))) if layers[i].calibration is not None), None)
+    if last is None or (source := layers[last].calibration) is None:
+        return layers
+    read = replace(layers[last], calibration=source.read(layers[last].label))
+    return [*layers[:last], read, *layers[last + 1 :]]
 
 
 def _preset_chain(name: str) -> list[Layer]:
@@ -75,6 +86,8 @@ def _file_chain(path: Path, label: str, seen: tuple[Path, ...]) -> list[Layer]:
 
 
 def _with_bases(layer: Layer, label_folder: Path, seen: tuple[Path, ...], folder: Path = Path()) -> list[Layer]:
+    if layer.calibration is not None:
+        layer = replace(layer, calibration=layer.calibration.seen_from(label_folder, folder))
     base = layer.extends
     if not base:
         return [layer]
@@ -156,6 +169,7 @@ def _policy(layer: Layer, name: str, description: str) -> Policy:
         rules=layer.rules,
         schedule=tuple(sorted(layer.schedule, key=lambda switch: switch.from_step)),
         unmatched=layer.unmatched or "error",
+        calibration=layer.calibration,
     )
 
 
@@ -171,7 +185,8 @@ def _spelled_out(policy: Policy, role: Role) -> Setting | None:
         return None
     setting = policy.setting_for(None, role, training=True)
     where = policy.source_of(role, training=True)
-    configs = configs_of(replace(setting, precision=Precision.W4A4), role, where)  # a rule may need those that the precision leaves out
+    # A rule may need those that the precision leaves out.
+    configs = configs_of(replace(setting, precision=Precision.W4A4), role, where, policy.calibrated_by)
     tables: dict[str, Any] = {str(kind): OperandTable.of(config) for kind, config in configs.items()}
     return Setting(precision=setting.precision, origin=own.origin, **tables)
 

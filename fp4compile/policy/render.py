@@ -20,6 +20,9 @@ def policy_text(policy: Policy) -> str:
     top: list[tuple[str, object]] = [("version", 1), ("name", policy.name)]
     top += [("description", policy.description)] if policy.description else []
     top += [("extends", "auto")] if policy.choices is not None else []
+    if policy.calibration is not None:
+        top += [("calibration", policy.calibration.label)]
+        top += [("calibration_digest", policy.calibration.digest)] if policy.calibration.digest else []
     lines = [_HEADER, *_assignments([*top, ("unmatched", policy.unmatched)])]
     parts: list[tuple[str, Setting | None]] = [("default", policy.default)]
     parts += [(f"training.{role}", getattr(policy.training, role)) for role in _TRAINING_ROLES]

@@ -9,6 +9,7 @@ from typing import Final
 
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from fp4compile.calibration.source import CalibrationSource
 from fp4compile.codegen.errors import Fp4CompileError
 from fp4compile.codegen.formats import QuantConfig
 from fp4compile.codegen.target import Target
@@ -150,11 +151,18 @@ class Policy:
     unmatched: str = "error"
     schedule: tuple[Switch, ...] = ()  # by step
     choices: Choices | None = None  # set where the device decides; then the other fields hold only what is laid over the choice
+    calibration: CalibrationSource | None = None
+
+    @property
+    def calibrated_by(self) -> str:
+        """Name of the artefact; empty where there is none."""
+        return self.calibration.label if self.calibration else ""
 
     @property
     def base(self) -> dict[OperandKind, QuantConfig]:
         """What a forward matmul gets where no rule matches."""
-        return configs_of(self.setting_for(None, Role.FPROP, training=False), Role.FPROP, f"{self.default.origin}, [default]")
+        setting = self.setting_for(None, Role.FPROP, training=False)
+        return configs_of(setting, Role.FPROP, f"{self.default.origin}, [default]", self.calibrated_by)
 
     def resolve_for(self, target: Target, *, training: bool = False) -> Policy:
         """This policy on `target`. Only `auto`, and what extends it, depends on it; `training` chooses the name that reports show."""
@@ -219,7 +227,7 @@ class Policy:
     def _decision(self, site: Site, rule: Rule | None, training: bool) -> Decision:
         setting = self.setting_for(rule, site.role, training=training)
         source = rule.label if rule else self.source_of(site.role, training=training)
-        configs, dequantized = configs_of(setting, site.role, source), setting.precision is Precision.DEQUANTIZED
+        configs, dequantized = configs_of(setting, site.role, source, self.calibrated_by), setting.precision is Precision.DEQUANTIZED
         return Decision(configs=configs, rule=source, reason=self._reason(site, rule, setting, training), dequantized=dequantized)
 
     def source_of(self, role: Role, *, training: bool) -> str:

@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import Any, Final
 
 from fp4compile.codegen.errors import IllegalCombination
-from fp4compile.codegen.formats import NVFP4, GlobalScale, QuantConfig, Rounding, Signs
+from fp4compile.codegen.formats import NVFP4, GlobalScale, QuantConfig, Rounding, ScaleRule, Signs
 from fp4compile.passes.site import OperandKind, Role
 
 KINDS: Final = (OperandKind.ACTIVATION, OperandKind.WEIGHT, OperandKind.GRADIENT)
@@ -57,10 +57,18 @@ class OperandTable:
             inherited.pop("signs", None)
         return OperandTable(**{**inherited, **self.given()})
 
-    def config(self, where: str) -> QuantConfig:
-        """Raises `IllegalCombination`, which names `where`."""
+    @property
+    def needs_moments(self) -> bool:
+        return self.rounding == Rounding.GPTQ or self.scale_rule == ScaleRule.LOCAL_HESSIAN
+
+    @property
+    def needs_amax(self) -> bool:
+        return self.global_scale == GlobalScale.STATIC and self.static_amax is None
+
+    def config(self, where: str, calibration: str = "") -> QuantConfig:
+        """`calibration` names the artefact, where there is one. Raises `IllegalCombination`, which names `where`."""
         try:
-            return QuantConfig(**self.given())
+            return QuantConfig(**self.given(), calibration=calibration)
         except IllegalCombination as error:
             raise IllegalCombination(**{**error.fields, "where": where}) from None
 
@@ -107,10 +115,13 @@ class Setting:
 _QUANTIZED: Final = {Precision.HIGH: (), Precision.DEQUANTIZED: (), Precision.W4A16: (OperandKind.WEIGHT,)}
 
 
-def configs_of(setting: Setting, role: Role, where: str) -> dict[OperandKind, QuantConfig]:
-    """The config of each quantized operand of a matmul in `role`. Raises `IllegalCombination` for pairs that make no sense."""
+def configs_of(setting: Setting, role: Role, where: str, calibration: str = "") -> dict[OperandKind, QuantConfig]:
+    """The config of each quantized operand of a matmul in `role`. Raises `IllegalCombination` for pairs that make no sense.
+
+    What needs statistics is legal where `calibration` names an artefact, and keeps that name until the matmul is known.
+    """
     kinds = _QUANTIZED.get(setting.precision or Precision.W4A4, OPERANDS[role])
-    configs = {kind: setting.table(kind).config(f"{where} ({role} {kind})") for kind in kinds if kind in OPERANDS[role]}
+    configs = {kind: _config(setting, kind, role, where, calibration) for kind in kinds if kind in OPERANDS[role]}
     here = f"{where} ({role})"
     if setting.precision is Precision.DEQUANTIZED and role not in BACKWARD:
         raise IllegalCombination(
@@ -147,14 +158,34 @@ def configs_of(setting: Setting, role: Role, where: str) -> dict[OperandKind, Qu
     return configs
 
 
+def _config(setting: Setting, kind: OperandKind, role: Role, where: str, calibration: str) -> QuantConfig:
+    table, here = setting.table(kind), f"{where} ({role} {kind})"
+    if calibration and role is not Role.FPROP and (table.needs_moments or table.needs_amax):
+        raise IllegalCombination(
+            where=here,
+            found="it asks for statistics of a calibration",
+            needed="Those are of what the weights of the forward are multiplied with; other products see other values.",
+            advice=f"Extend a preset for inference, or give the {kind} of {role} a table of its own.",
+        )
+    if calibration and kind is not OperandKind.ACTIVATION and table.needs_amax:
+        raise IllegalCombination(
+            where=here,
+            found="global_scale = static without static_amax",
+            needed="Calibration measures activations; the amax of a weight is its own.",
+            advice='Use global_scale = "tensor".',
+        )
+    return table.config(here, calibration)
+
+
 def _refuse_searches_at_run_time(configs: dict[OperandKind, QuantConfig], where: str) -> None:
     for kind, config in configs.items():
         if kind is OperandKind.WEIGHT or not config.is_offline:
             continue
         is_format = bool(config.fmt.flagged_values)
+        rule = "rounding = gptq" if config.rounding is Rounding.GPTQ else f"scale_rule = {config.scale_rule}"
         raise IllegalCombination(
             where=where,
-            found=f"{f'format = {config.format}' if is_format else f'scale_rule = {config.scale_rule}'} on the {kind}",
+            found=f"{f'format = {config.format}' if is_format else rule} on the {kind}",
             needed="It has no kernel and runs once per weight; this operand is quantized in every call.",
             advice=f'Give it to the weight alone, as in weight = {{ format = "{config.format}" }}, or use precision = "w4a16".'
             if is_format
