@@ -162,7 +162,8 @@ def _report() -> dict[str, float]:
     stood_for = graph.saved_bytes_without - (graph.saved_bytes - graph.saved_code_bytes)
     coverage = fp4compile.last_report().coverage
     return {
-        "matmuls": coverage.sites, "quantized": coverage.quantized, "saved bytes": graph.saved_bytes, "of them codes": graph.saved_code_bytes,
+        "matmuls": coverage.sites, "quantized": coverage.quantized,
+        "saved bytes": graph.saved_bytes, "of them codes": graph.saved_code_bytes,
         "codes to what they stand for": graph.saved_code_bytes / max(stood_for, 1),
     }  # fmt: skip
 
