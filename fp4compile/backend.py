@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fp4compile import capture, handoff
+from fp4compile.calibration.resolve import Resolver
 from fp4compile.codegen.known_bad import check_versions
 from fp4compile.codegen.registry import relied_on, sources_of
 from fp4compile.codegen.target import target_of
@@ -127,6 +128,7 @@ class _Transform:
     record: GraphRecord
     passes: Sequence[Pass]
     parameters: Mapping[int, str]
+    values: Mapping[int, Tensor]  # of the parameters, held weakly
     buffers: frozenset[int]
     step: int  # optimizer steps done, by which a schedule goes
 
@@ -142,13 +144,17 @@ class _Transform:
         step: int,
     ) -> _Transform:
         names, buffers = capture.parameter_names(gm, inputs), capture.buffer_positions(gm)
-        return cls(policy=policy, options=options, record=record, passes=passes, parameters=names, buffers=buffers, step=step)
+        values = capture.parameter_values(names, inputs)
+        return cls(
+            policy=policy, options=options, record=record, passes=passes, parameters=names, values=values, buffers=buffers, step=step
+        )
 
     def __call__(self, gm: fx.GraphModule) -> None:
         record = self.record
         ctx, policy = context_of(
-            gm, self.policy, self.step, record, parameters=self.parameters, buffers=self.buffers, strict=self.options.strict
-        )
+            gm, self.policy, self.step, record,
+            parameters=self.parameters, values=self.values, buffers=self.buffers, strict=self.options.strict,
+        )  # fmt: skip
         dump = _dump_into(self.options.dump) if self.options.dump else None
         watchers = [Trace(), *([dump] if dump else [])]
         for watcher in watchers:
@@ -169,6 +175,7 @@ def context_of(
     *,
     parameters: Mapping[int, str],
     buffers: frozenset[int],
+    values: Mapping[int, Tensor] | None = None,
     strict: bool = False,
 ) -> tuple[PassContext, Policy]:
     """What passes over the joint graph `gm` need, and the policy as it is for this graph's device and at optimizer step `step`."""
@@ -179,7 +186,11 @@ def context_of(
     record.policy = here.name
 
     def decide(sites: list[Site]) -> list[Decision]:
-        return here.decide(sites, training=record.training)
+        decisions = here.decide(sites, training=record.training)
+        found = here.calibration.found if here.calibration is not None else None
+        if found is None:
+            return decisions
+        return Resolver(calibration=found, target=target, names=parameters, values=values or {}).resolve(sites, decisions)
 
     return PassContext(decide=decide, target=target, record=record, parameters=parameters, strict=strict), here
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import fx
@@ -31,6 +32,11 @@ def parameter_names(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[i
         if isinstance(value, torch.nn.Parameter):
             names[position] = _source_name(node) or node.name
     return names
+
+
+def parameter_values(positions: Iterable[int], example_inputs: Sequence[Any]) -> Mapping[int, torch.Tensor]:
+    """Flat input position -> parameter. Held weakly: what is compiled must not keep a model alive."""
+    return WeakValueDictionary({position: example_inputs[position] for position in positions})
 
 
 def buffer_positions(gm: fx.GraphModule) -> frozenset[int]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -15,10 +15,10 @@ from torch import Tensor, fx
 from fp4compile.codegen import ops
 from fp4compile.codegen.formats import QuantConfig, Signs
 from fp4compile.diagnosis.measure import OperandSums, Packed, decibels, measure
-from fp4compile.passes.site import Operand, Plan, Site, plan_of, site_of
+from fp4compile.instrumented import FIRST_FACTOR, PlannedGraph
+from fp4compile.passes.site import Operand, Plan, Site
 
 aten = torch.ops.aten
-_FIRST_FACTOR: Final[Mapping[object, int]] = {aten.addmm.default: 1}  # position of the left factor; the right one follows
 
 Key = tuple[str, str, str, str]  # matmul, role, kind of operand, what is done to it
 
@@ -47,7 +47,7 @@ class Watch:
     draws: int
     found: dict[Key, OperandFound] = field(default_factory=dict)
 
-    def runner(self, gm: fx.GraphModule) -> Callable[[list[Any]], Any]:
+    def runner(self, gm: fx.GraphModule, parameters: Mapping[int, str]) -> Callable[[list[Any]], Any]:
         """`gm` as a callable that measures while it computes."""
         return lambda args: _Watching(gm, self).run(*args)
 
@@ -61,23 +61,13 @@ class Watch:
         self.found[key] = found
 
 
-class _Watching(fx.Interpreter):
+class _Watching(PlannedGraph):
     def __init__(self, gm: fx.GraphModule, watch: Watch) -> None:
         super().__init__(gm)
         self.watch = watch
 
-    def run_node(self, n: fx.Node) -> Any:
-        site, plan = site_of(n), plan_of(n)
-        if n.target is aten.view.default:
-            args, _ = self.fetch_args_kwargs_from_env(n)
-            return aten.reshape.default(*args)  # the graph was traced for compiled strides; eager results may lie otherwise
-        if n.op != "call_function" or site is None or plan is None or not plan.quantizes:
-            return super().run_node(n)
-        args, _ = self.fetch_args_kwargs_from_env(n)
-        first = _FIRST_FACTOR.get(n.target, 0)
-        return self._product(n, site, plan, args, first)
-
-    def _product(self, n: fx.Node, site: Site, plan: Plan, args: tuple[Any, ...], first: int) -> Tensor:
+    def product(self, n: fx.Node, site: Site, plan: Plan, args: tuple[Any, ...]) -> Tensor:
+        first = FIRST_FACTOR.get(n.target, 0)
         a, b = args[first : first + 2]
         signs = _signs(plan, a)
         left, left_sums = self._operand(a, plan.lhs, -1, signs)
