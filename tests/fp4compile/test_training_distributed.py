@@ -1,4 +1,7 @@
-"""Data-parallel training on two processes equals one process on both halves of the batch: DDP, and FSDP2 with its sharded weights."""
+"""Data-parallel training on two processes equals one process on both halves of the batch: DDP, and FSDP2 with its sharded weights.
+
+Over gloo on the CPU, and over NCCL where there are two GPUs.
+"""
 
 from __future__ import annotations
 
@@ -78,17 +81,20 @@ def expected() -> tuple[list[Tensor], list[float]]:
     return [p.detach() for p in reference.parameters()], losses
 
 
-def process(rank: int, kind: str, port: int, out: str) -> None:
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def process(rank: int, kind: str, over: str, port: int, out: str) -> None:
+    device = torch.device("cuda", rank) if over == "nccl" else torch.device("cpu")
+    if over == "nccl":
+        torch.cuda.set_device(device)
+    dist.init_process_group(over, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     torch.set_num_threads(1)
     model, data = start()
-    wrapped = WRAP[kind](model)
+    wrapped, data = WRAP[kind](model.to(device)), data.to(device)
     run = torch.compile(wrapped, backend="fp4", options={"policy": NEAREST})
     losses = train(wrapped, run, data[:, rank])
     parameters = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in wrapped.parameters()]
     found = {
         "losses": losses,
-        "parameters": [p.detach().clone() for p in parameters],
+        "parameters": [p.detach().cpu().clone() for p in parameters],
         "quantized": STORE.quantizations,
         "alive": alive_weights(),
     }
@@ -122,13 +128,17 @@ def fsdp(model: nn.Module) -> nn.Module:
 WRAP = {"ddp": ddp, "ddp_in_buckets": ddp_in_buckets, "fsdp": fsdp}
 
 
-@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo")
+GLOO = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo")
+NCCL = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+
+
+@pytest.mark.parametrize("over", [pytest.param("gloo", marks=GLOO), pytest.param("nccl", marks=NCCL)])
 @pytest.mark.parametrize("kind", WRAP)
-def test_two_processes_train_as_one(kind: str, tmp_path) -> None:
+def test_two_processes_train_as_one(kind: str, over: str, tmp_path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(process, args=(kind, port, str(tmp_path)), nprocs=2)
+    mp.spawn(process, args=(kind, over, port, str(tmp_path)), nprocs=2)
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     parameters, losses = expected()
     mean = [sum(pair) / 2 for pair in zip(*(f["losses"] for f in found), strict=True)]
