@@ -12,6 +12,7 @@ from torch._functorch import config as functorch_config
 from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from fp4compile.passes.fold_weights import CutConstant, cut_constants
 from fp4compile.passes.site import fake_of, input_of
@@ -33,7 +34,8 @@ class JointPass(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         gm = graph.owning_module
         assert gm is not None, "Inductor hands over the graph of a module"
-        self.transform(gm)
+        with unset_fake_temporarily():  # passes hold real constants too; what they ask of fake values stays fake
+            self.transform(gm)
 
     def uuid(self) -> bytes:
         return self.fingerprint.encode()

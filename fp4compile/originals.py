@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from fp4compile.codegen import ops
 from fp4compile.codegen.errors import Fp4CompileError
+from fp4compile.codegen.formats import round_up
 from fp4compile.codegen.reference.block import dequantize_ref
 from fp4compile.codegen.reference.layout import plain_ref
+from fp4compile.codegen.reference.residual import out_of_order_ref
+from fp4compile.codegen.residual_ops import QUANTIZE_REPEATED
 from fp4compile.weights import STORE
 
 
@@ -56,12 +59,18 @@ def _load(source: Any) -> Mapping[str, Tensor] | None:
 
 def _decoded(name: str, parameter: Tensor) -> Tensor:
     for compute, values in STORE.codes_of(parameter):
-        nodes = [n for n in compute.graph.nodes if n.target is ops.QUANTIZE]
-        source, axis, *_ = nodes[0].args
-        if source.op != "placeholder" or ops.config_of(*nodes[0].args[2:-1]).hadamard:
+        node = next(n for n in compute.graph.nodes if n.target in (ops.QUANTIZE, QUANTIZE_REPEATED))
+        source, axis, *_ = node.args
+        twice = node.target is QUANTIZE_REPEATED
+        config = ops.config_of(*(node.args[4:] if twice else node.args[2:-1]))
+        if source.op != "placeholder" or config.hadamard:
             continue
         codes, scales, global_scale = values
-        decoded = dequantize_ref(*plain_ref(codes, scales, nodes[0].kwargs.get("layout", "plain")), global_scale)
+        decoded = dequantize_ref(*plain_ref(codes, scales, node.kwargs.get("layout", "plain")), global_scale)
+        if twice:
+            order, outliers = getattr(compute, node.args[2].target), node.args[3]
+            wide = round_up(parameter.shape[axis], config.fmt.block) + outliers
+            decoded = out_of_order_ref(decoded[..., :wide], order, outliers, config)
         decoded = decoded[..., : parameter.shape[axis]]
         return decoded if axis == -1 else decoded.mT
     raise CannotRestore(

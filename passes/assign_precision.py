@@ -49,7 +49,10 @@ def plan_for(site: Site, decision: Decision, target: Target) -> tuple[Plan, bool
     if site.refusal or site.lhs is None or site.rhs is None:
         wanted = site.role is not Role.MATMUL or site.lhs is not None  # attention's fused operator is no broken promise
         return Plan(lhs=None, rhs=None, rule=decision.rule, reason=site.refusal), wanted and not site.is_empty
-    plan = Plan(lhs=_config(decision, site.lhs), rhs=_config(decision, site.rhs), rule=decision.rule, reason=decision.reason)
+    plan = Plan(
+        lhs=_config(decision, site.lhs), rhs=_config(decision, site.rhs), rule=decision.rule, reason=decision.reason,
+        outliers=decision.outliers,
+    )  # fmt: skip
     if not plan.quantizes:
         return untouched, False
     kernel = kernel_for(kernel_spec(site, plan), target)
@@ -85,6 +88,7 @@ def _row(site: Site, plan: Plan, fell_back: bool, target: Target) -> SiteDecisio
         bytes_before=before,
         bytes_after=after,
         fallback=fell_back,
+        extra_k=plan.outliers.count if plan.outliers else 0,
     )
 
 
@@ -93,11 +97,11 @@ def precision_text(site: Site, plan: Plan) -> str:
 
 
 def operands_text(plan: Plan) -> str:
-    """What the two operands get beyond plain blocks and nearest rounding, left factor first."""
+    """What the two operands get beyond plain blocks and nearest rounding, left factor first, and how many channels both get twice."""
     given = [config for config in (plan.lhs, plan.rhs) if config is not None]
-    if all(config.describe() == given[0].format for config in given):
-        return ""
-    return " x ".join("high" if config is None else config.describe() for config in (plan.lhs, plan.rhs))
+    plain = all(config.describe() == given[0].format for config in given)
+    both = "" if plain else " x ".join("high" if config is None else config.describe() for config in (plan.lhs, plan.rhs))
+    return ", ".join(part for part in (both, plan.outliers.describe() if plan.outliers else "") if part)
 
 
 def _text(size: Size) -> str:
@@ -115,5 +119,6 @@ def _weight_bytes(site: Site, plan: Plan) -> tuple[int, int]:
         if config is None:
             return before, before
         values = before // fake_of(operand.source).element_size()
-        return before, int(values * config.fmt.bits_per_value / 8) + 4
+        twice = values // int(site.k) * plan.outliers.count if plan.outliers else 0
+        return before, int((values + twice) * config.fmt.bits_per_value / 8) + 4
     return 0, 0

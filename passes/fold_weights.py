@@ -14,6 +14,7 @@ from typing import ClassVar
 from torch import fx
 
 from fp4compile.codegen import ops
+from fp4compile.codegen.residual_ops import QUANTIZE_REPEATED
 from fp4compile.passes.base import Pass, PassContext, PassResult
 from fp4compile.passes.match import computed_from_parameters, root_parameters
 from fp4compile.passes.site import Constant, constant_of, fake_of, input_of, set_constant
@@ -27,7 +28,7 @@ class FoldWeights(Pass):
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         weights = computed_from_parameters(gm.graph, ctx.parameters)
-        marked = [node for node in gm.graph.nodes if node.target is ops.QUANTIZE and node in weights]
+        marked = [node for node in gm.graph.nodes if node.target in (ops.QUANTIZE, QUANTIZE_REPEATED) and node in weights]
         fresh = [node for node in marked if constant_of(node) is None]
         for node in fresh:
             set_constant(node, Constant(parameters=tuple(_position(p) for p in root_parameters(node))))
@@ -103,7 +104,7 @@ def _recipe(graph: fx.Graph) -> str:
     lines = []
     for node in graph.nodes:
         args = fx.map_arg((node.args, node.kwargs), lambda n: number[n])
-        lines.append(f"{number[node]} = {node.op} {node.target if node.op == 'call_function' else ''} {args}")
+        lines.append(f"{number[node]} = {node.op} {'' if node.op == 'placeholder' else node.target} {args}")
     return "\n".join(lines)
 
 

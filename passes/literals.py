@@ -9,6 +9,8 @@ from typing import Any, Final
 import torch
 from torch import fx
 
+from fp4compile.codegen.residual_ops import WIDENED
+
 _SHORT_DTYPES: Final = {
     torch.bool: "bool",
     torch.uint8: "u8",
@@ -103,7 +105,7 @@ def function_import(function: Any) -> str | None:
     if isinstance(function, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
         namespace = str(function).split(".")[0]
         if namespace == "fp4":
-            return "import fp4compile.codegen.ops  # registers torch.ops.fp4"
+            return f"import fp4compile.codegen.{'residual_ops' if function in WIDENED else 'ops'}  # registers torch.ops.fp4"
         return "" if namespace in _TORCH_NAMESPACES else f"# needs the import that registers torch.ops.{namespace}"
     if isinstance(function, torch._ops.HigherOrderOperator):
         return ""

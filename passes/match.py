@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import fx
 
-from fp4compile.passes.site import fake_of, input_of, is_buffer
+from fp4compile.passes.site import fake_of, input_of, is_buffer, is_order
 
 aten = torch.ops.aten
 
@@ -103,6 +103,8 @@ def computed_from_parameters(graph: fx.Graph, parameters: Iterable[int], *, also
                 found.add(node)
             elif is_buffer(node) and node not in written:
                 fixed.add(node)
+        elif is_order(node):
+            fixed.add(node)
         elif node.op == "call_function" and not _is_random_or_impure(node):
             inputs = node.all_input_nodes
             if fixed.issuperset(inputs):

@@ -8,6 +8,7 @@ from typing import Final, Protocol
 
 from torch import fx
 
+from fp4compile.passes.add_residuals import AddResiduals
 from fp4compile.passes.assign_precision import AssignPrecision
 from fp4compile.passes.base import Pass, PassContext
 from fp4compile.passes.cleanup import Cleanup
@@ -35,6 +36,7 @@ PIPELINE: Final[tuple[Pass, ...]] = (
     LowerConvolutions(),  # before rotating: from here on every planned site is a product of two matrices
     InsertHadamard(),  # before quantizing: what is quantized is the rotated value
     InsertQuantize(),
+    AddResiduals(),  # before sharing: each quantize node still belongs to one product
     ShareQuantize(),  # before fusing, so that two readers of one rotation still are one node
     DequantizeBackward(),  # before fusing, which hides whether a forward is rotated
     FusePrologue(),

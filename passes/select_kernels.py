@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -18,6 +18,7 @@ from fp4compile.codegen import ops
 from fp4compile.codegen.formats import Layout
 from fp4compile.codegen.reference.layout import suits_tiles
 from fp4compile.codegen.registry import kernel_for, layouts_for
+from fp4compile.codegen.residual_ops import WIDENED
 from fp4compile.passes.assign_precision import kernel_spec
 from fp4compile.passes.base import Pass, PassContext, PassResult
 from fp4compile.passes.site import constant_of, fake_of, kernel_of, plan_of, set_kernel, site_of
@@ -48,7 +49,7 @@ class SelectKernels(Pass):
                 assert isinstance(kernel, str)
                 set_kernel(node, kernel)
                 named += 1
-        for node in [n for n in gm.graph.nodes if n.target is ops.QUANTIZE]:
+        for node in [n for n in gm.graph.nodes if n.target in (ops.QUANTIZE, *WIDENED)]:
             _lay_out(node, wanted)
         return PassResult(changed=named)
 
@@ -63,7 +64,8 @@ def _lay_out(quantize: fx.Node, wanted: dict[fx.Node, tuple[Layout, Layout]]) ->
     if layout is Layout.PLAIN or not _may_have(quantize, layout) or quantize.kwargs.get("layout") == layout:
         return
     quantize.kwargs = {**quantize.kwargs, "layout": str(layout)}
-    values = ops.SHAPE_RULES[ops.QUANTIZE](*fx.map_arg(quantize.args, fake_of), layout=layout)
+    target: Any = quantize.target
+    values = ops.SHAPE_RULES.get(target, target)(*fx.map_arg(quantize.args, fake_of), layout=layout)
     quantize.meta["val"] = values
     for part in parts:
         part.meta["val"] = values[part.args[1]]  # type: ignore[index]
@@ -90,6 +92,7 @@ def _may_have(quantize: fx.Node, layout: Layout) -> bool:
     source, axis = quantize.args[:2]
     value = fake_of(source)  # type: ignore[arg-type]
     rows, k = (value if axis == -1 else value.mT).shape[-2:]
+    k += quantize.args[3] if quantize.target in WIDENED else 0  # type: ignore[operator]
     weight = constant_of(quantize) is not None
     if layout is not Layout.TILED:
         return weight or isinstance(rows, torch.SymInt) or rows > _FEW_ROWS

@@ -14,6 +14,7 @@ from typing import ClassVar
 from torch import fx
 
 from fp4compile.codegen import ops
+from fp4compile.codegen.residual_ops import WIDENED
 from fp4compile.passes.base import Pass, PassContext, PassResult
 from fp4compile.passes.normalize import merge_equal
 
@@ -26,7 +27,7 @@ class ShareQuantize(Pass):
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         merge_equal(gm.graph, {ops.HADAMARD})
-        shared = merge_equal(gm.graph, {ops.QUANTIZE})
+        shared = merge_equal(gm.graph, {ops.QUANTIZE, *WIDENED})
         merge_equal(gm.graph, {operator.getitem})
         ctx.record.shared += shared
         return PassResult(changed=shared, notes=(f"{shared} quantize nodes served by another one",))

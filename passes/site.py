@@ -10,13 +10,14 @@ import torch
 from torch import fx
 
 from fp4compile.codegen.formats import QuantConfig
+from fp4compile.codegen.outliers import Outliers
 
 Size = int | torch.SymInt
 EMPTY: Final = "a dimension is zero"
 NO_DEPTH: Final = -1
 
 _SITE, _PLAN, _INPUT, _BUFFER, _CONSTANT, _KERNEL = "fp4_site", "fp4_plan", "fp4_input", "fp4_buffer", "fp4_constant", "fp4_kernel"
-_CODES = "fp4_codes"
+_CODES, _ORDER = "fp4_codes", "fp4_order"
 
 
 class Role(StrEnum):
@@ -86,6 +87,7 @@ class Decision:
     rule: str  # "preset nvfp4, rule 2", "policy.toml, rule 1"
     reason: str  # a sentence fragment for the report: "output head", "down_proj kept safer"
     dequantized: bool = False  # a backward matmul in high precision, on what the forward's codes decode to
+    outliers: Outliers | None = None  # channels of the activation that are quantized twice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +99,7 @@ class Plan:
     rule: str
     reason: str
     dequantized: bool = False
+    outliers: Outliers | None = None
 
     @property
     def quantizes(self) -> bool:
@@ -157,6 +160,15 @@ def kernel_of(node: fx.Node) -> str | None:
 
 def codes_of(node: fx.Node) -> CodesOf | None:
     return node.meta.get(_CODES)
+
+
+def is_order(node: fx.Node) -> bool:
+    """Whether a node reads an order of channels, an attribute of the graph's module whose name says its content."""
+    return node.meta.get(_ORDER, False)
+
+
+def set_order(node: fx.Node) -> None:
+    node.meta[_ORDER] = True
 
 
 def set_codes_of(node: fx.Node, codes: CodesOf) -> None:

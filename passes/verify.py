@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx
 
 from fp4compile.codegen import ops
+from fp4compile.codegen.residual_ops import WIDENED
 from fp4compile.passes.errors import GraphInvalid
 from fp4compile.passes.site import is_backward, plan_of, site_of
 
@@ -50,8 +51,8 @@ def _product_problems(node: fx.Node) -> list[str]:
 def _layout_of(scales: Any, unknown: Any) -> Any:
     """The layout in which these scales were written; `unknown` where no quantize node says."""
     source = scales.args[0] if isinstance(scales, fx.Node) and scales.target is operator.getitem else None
-    if not isinstance(source, fx.Node) or source.target not in (ops.QUANTIZE, ops.QUANTIZE_BOTH):
+    if not isinstance(source, fx.Node) or source.target not in (ops.QUANTIZE, ops.QUANTIZE_BOTH, *WIDENED):
         return unknown
     which: Any = scales.args[1]
-    half = "layout" if source.target is ops.QUANTIZE else "row_layout" if which < 3 else "column_layout"
+    half = "layout" if source.target is not ops.QUANTIZE_BOTH else "row_layout" if which < 3 else "column_layout"
     return source.kwargs.get(half, "plain")

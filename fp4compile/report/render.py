@@ -109,8 +109,9 @@ def _cells(folded: Folded) -> tuple[str, ...]:
     # What the policy says of everything needs no words of its own: the rule is the reason.
     reason = "" if row.reason.startswith("default of ") else f"FELL BACK: {row.reason}" if row.fallback else row.reason
     because = f"{reason} ({rule})" if rule and reason else reason or rule
+    k = f"{row.k}+{row.extra_k}" if row.extra_k else row.k if row.k != "0" else ""
     precision = f"{row.precision}: {row.operands}" if row.operands else row.precision
-    return name, " ".join(folded.roles), row.m, row.n, row.k if row.k != "0" else "", precision, row.kernel, because
+    return name, " ".join(folded.roles), row.m, row.n, k, precision, row.kernel, because
 
 
 def byte_text(count: int) -> str:
