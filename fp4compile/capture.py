@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -10,7 +11,7 @@ import torch
 from torch import fx
 from torch._dynamo.source import GlobalStateSource
 from torch._functorch._aot_autograd.descriptors import PlainAOTInput
-from torch._guards import CompileContext, Guard, TracingContext
+from torch._guards import CompileContext, Guard, TracingContext, tracing
 
 from fp4compile.codegen.errors import Fp4CompileError
 from fp4compile.passes.module_path import readable_path
@@ -82,6 +83,11 @@ def recompile_when_changed(value: Callable[[], object], name: str) -> None:
         add(*parts, None) if "arg2" in (add.__doc__ or "") else add(*parts)
 
     context.guards_context.dynamo_guards.add(GlobalStateSource().make_guard(add_guard))
+
+
+def not_tracing() -> AbstractContextManager[None]:
+    """While a graph is traced, `torch.load` gives tensors without values; within this context it reads them."""
+    return tracing(None)
 
 
 def compile_id() -> str:

@@ -11,7 +11,7 @@ import fp4compile
 from fp4compile.codegen.errors import Fp4CompileError
 
 # Each module brings one subcommand through `add_parser(subparsers)` and sets `run(args) -> int` as its default.
-_COMMANDS = ("cli_demo", "cli_explain", "cli_policy", "cli_passes", "cli_doctor", "cli_bench", "cli_sensitivity")
+_COMMANDS = ("cli_demo", "cli_explain", "cli_policy", "cli_passes", "cli_doctor", "cli_bench", "cli_sensitivity", "cli_calibrate")
 _ENVIRONMENT = """environment:
   FP4COMPILE_POLICY   policy for torch.compile calls that name none: a preset or a TOML file
   FP4COMPILE_DUMP     folder that receives a dump of every compiled graph

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fp4compile.calibration.histogram import share_above
+from fp4compile.capture import not_tracing
 from fp4compile.codegen.errors import Fp4CompileError
 
 KIND: Final = "fp4compile calibration"
@@ -183,7 +184,8 @@ def load_calibration(path: str | os.PathLike[str]) -> Calibration:
 def read_plain(path: Path, kind: str, version: int) -> dict[str, Any]:
     """The dictionary of a file of ours. Raises `UnreadableCalibration`."""
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with not_tracing():  # a policy is loaded while its graph is compiled
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise UnreadableCalibration(path=path.name, found="it does not exist") from None
     except (OSError, RuntimeError, UnpicklingError, BadZipFile, EOFError) as error:
