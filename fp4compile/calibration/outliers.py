@@ -19,9 +19,7 @@ from fp4compile.codegen.outliers import Outliers
 
 
 class CalibratedForAnotherWidth(Fp4CompileError, ValueError):
-    template = (
-        "{site}: it multiplies {found} channels, and its calibration saw {needed}. Calibrate the model that is compiled: `fp4compile calibrate`."
-    )
+    template = "{site}: it multiplies {found} channels, and its calibration saw {needed}. Calibrate the model that is compiled."
 
 
 class Statistic(StrEnum):

@@ -46,7 +46,7 @@ class Resolver:
         ]
 
     def _is_used(self, site: Site, decision: Decision) -> bool:
-        needs = any(config.needs_statistics for config in decision.configs.values())
+        needs = decision.outliers is not None or any(config.needs_statistics for config in decision.configs.values())
         return needs and plan_for(site, decision, self.target)[0].quantizes
 
     def _filled_in(self, kind: OperandKind, config: QuantConfig, site: Site, readers: Mapping[Any, list[Site]]) -> QuantConfig:

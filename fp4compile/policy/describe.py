@@ -6,7 +6,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from fp4compile.passes.site import Role
+from fp4compile.passes.site import OperandKind, Role
 from fp4compile.policy.render import match_items, match_text, setting_items, setting_text
 from fp4compile.policy.rule import Policy, Rule
 from fp4compile.policy.setting import OPERANDS, OperandTable, configs_of
@@ -28,8 +28,13 @@ def settings_of(policy: Policy) -> dict[str, str]:
     """What a matmul gets where no rule matches, for each kind of matmul."""
     found: dict[str, str] = {}
     for name, (role, training) in _SITUATIONS.items():
-        configs = configs_of(policy.setting_for(None, role, training=training), role, policy.name)
-        operands = (f"{kind} {configs[kind].describe() if kind in configs else 'high'}" for kind in OPERANDS[role])
+        setting = policy.setting_for(None, role, training=training)
+        configs = configs_of(setting, role, policy.name, policy.calibrated_by)
+        described = {kind: config.describe() for kind, config in configs.items()}
+        arc = None if training else setting.activation.arc
+        if arc is not None and arc.rule is not None and OperandKind.ACTIVATION in described:
+            described[OperandKind.ACTIVATION] += "+arc"
+        operands = (f"{kind} {described.get(kind, 'high')}" for kind in OPERANDS[role])
         found[name] = ", ".join(operands) if configs else "high"
     return found
 
@@ -47,7 +52,7 @@ def details_of(policy: Policy) -> dict[str, Any]:
 
 
 def _rule_details(rule: Rule) -> dict[str, Any]:
-    sets = {key: value.given() if isinstance(value, OperandTable) else value for key, value in setting_items(rule.setting)}
+    sets = {key: value.plain() if isinstance(value, OperandTable) else value for key, value in setting_items(rule.setting)}
     return {"from": rule.label, "matches": dict(match_items(rule.match)), "sets": sets, "reason": rule.reason, "optional": rule.optional}
 
 

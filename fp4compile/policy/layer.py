@@ -12,6 +12,7 @@ from fp4compile.calibration.source import CalibrationSource
 from fp4compile.codegen.errors import IllegalCombination
 from fp4compile.codegen.formats import FORMATS, FP32_MAX, HADAMARD_SIZES, Block, GlobalScale, Rounding, ScaleRule, Signs
 from fp4compile.passes.site import OperandKind, Role
+from fp4compile.policy.arc import arc_at
 from fp4compile.policy.pattern import compile_pattern, depth_range
 from fp4compile.policy.reading import (
     Table,
@@ -273,16 +274,18 @@ def _setting(table: Table, where: str, origin: str, kinds: tuple[OperandKind, ..
         hadamard=_hadamard(table, where),
         signs=name_at(table, "signs", Signs, where),
         origin=origin,
-        **{str(kind): _operand(table_at(table, kind, where), f"{where}, {kind}") for kind in kinds},
+        **{str(kind): _operand(table_at(table, kind, where), kind, f"{where}, {kind}") for kind in kinds},
     )
 
 
-def _operand(table: Table | None, where: str) -> OperandTable:
+def _operand(table: Table | None, kind: OperandKind, where: str) -> OperandTable:
     if table is None:
         return OperandTable()
     refuse_unknown_keys(table, (f.name for f in fields(OperandTable)), where)
     if not table:
         raise WrongValue(where=where, key="table", found={}, needed='a field is needed, as in { scale_rule = "four_over_six" }')
+    if "arc" in table and kind is not OperandKind.ACTIVATION:
+        raise WrongValue(where=where, key="arc", found=table["arc"], needed="it belongs to the activation; the weight's columns follow it")
     return OperandTable(
         format=name_at(table, "format", FORMATS, where),
         block=name_at(table, "block", Block, where),
@@ -292,6 +295,7 @@ def _operand(table: Table | None, where: str) -> OperandTable:
         hadamard=_hadamard(table, where),
         static_amax=_static_amax(table, where),
         signs=name_at(table, "signs", Signs, where),
+        arc=arc_at(table, where),
     )
 
 

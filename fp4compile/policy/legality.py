@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fp4compile.codegen.errors import IllegalCombination
 from fp4compile.passes.site import OperandKind, Role
+from fp4compile.policy.arc import refuse_arc_in_training
 from fp4compile.policy.render import setting_text
 from fp4compile.policy.rule import Policy, Rule
 from fp4compile.policy.setting import BACKWARD, KINDS, OperandTable, Precision, configs_of
@@ -19,6 +20,7 @@ def refuse_illegal(policy: Policy) -> None:
             continue
         where = policy.source_of(role, training=True)
         setting = policy.setting_for(None, role, training=True)
+        refuse_arc_in_training(own.activation.arc, where)
         quantized = configs_of(setting, role, where, policy.calibrated_by)
         if own.precision not in (None, Precision.HIGH, Precision.DEQUANTIZED) and not quantized:
             raise _quantizes_nothing(where, f'precision = "{own.precision}"', "Under w4a16 only weights are 4-bit, and it has none.")
@@ -36,6 +38,8 @@ def _refuse_illegal_rule(policy: Policy, rule: Rule) -> None:
                 continue
             setting = policy.setting_for(rule, role, training=training)
             quantized |= set(configs_of(setting, role, rule.label, policy.calibrated_by))
+    if rule.match.graph == "training":
+        refuse_arc_in_training(rule.setting.activation.arc, rule.label)
     given = [kind for kind in KINDS if getattr(rule.setting, kind.value) != OperandTable()]
     unused = [kind for kind in given if kind not in quantized]
     if unused:

@@ -88,7 +88,9 @@ def _assignments(items: Iterable[tuple[str, object]]) -> list[str]:
 def inline(value: object) -> str:
     """`value` as TOML: text, numbers, lists, and operand tables as inline tables."""
     if isinstance(value, OperandTable):
-        return "{ " + ", ".join(_assignments(value.given().items())) + " }"
+        return inline(value.plain())
+    if isinstance(value, dict):
+        return "{ " + ", ".join(_assignments(value.items())) + " }"
     if isinstance(value, tuple):
         return "[" + ", ".join(inline(v) for v in value) + "]"
     if isinstance(value, str):

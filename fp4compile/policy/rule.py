@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from fp4compile.calibration.outliers import outliers_of
 from fp4compile.calibration.source import CalibrationSource
 from fp4compile.codegen.errors import Fp4CompileError
 from fp4compile.codegen.formats import QuantConfig
+from fp4compile.codegen.outliers import Outliers
 from fp4compile.codegen.target import Target
 from fp4compile.passes.site import Decision, OperandKind, Role, Site, Size
+from fp4compile.policy.arc import refuse_arc_in_training
 from fp4compile.policy.coverage import check_coverage
 from fp4compile.policy.pattern import compile_pattern, depth_range
 from fp4compile.policy.render import match_text, policy_text
@@ -228,7 +231,24 @@ class Policy:
         setting = self.setting_for(rule, site.role, training=training)
         source = rule.label if rule else self.source_of(site.role, training=training)
         configs, dequantized = configs_of(setting, site.role, source, self.calibrated_by), setting.precision is Precision.DEQUANTIZED
-        return Decision(configs=configs, rule=source, reason=self._reason(site, rule, setting, training), dequantized=dequantized)
+        return Decision(
+            configs=configs, rule=source, reason=self._reason(site, rule, setting, training), dequantized=dequantized,
+            outliers=self._outliers(site, setting, configs, source, training=training),
+        )  # fmt: skip
+
+    def _outliers(
+        self, site: Site, setting: Setting, configs: Mapping[OperandKind, QuantConfig], where: str, *, training: bool
+    ) -> Outliers | None:  # fmt: skip
+        """Raises `IllegalCombination` in training, and `MissingStatistics` for a matmul that was not calibrated."""
+        arc, activation = setting.table(OperandKind.ACTIVATION).arc, configs.get(OperandKind.ACTIVATION)
+        if arc is None or arc.rule is None or activation is None or site.refusal:
+            return None
+        if training:
+            refuse_arc_in_training(arc, where)
+        known = self.calibration.found if self.calibration else None
+        if known is None:
+            return None  # a policy that is looked at before there is an artefact
+        return outliers_of(known.statistics_for(site.name), arc.rule, activation.fmt.block, site=site.name, k=site.k)
 
     def source_of(self, role: Role, *, training: bool) -> str:
         """Where the setting of a matmul comes from that no rule matches."""

@@ -10,6 +10,7 @@ from typing import Any, Final
 from fp4compile.codegen.errors import IllegalCombination
 from fp4compile.codegen.formats import NVFP4, GlobalScale, QuantConfig, Rounding, ScaleRule, Signs
 from fp4compile.passes.site import OperandKind, Role
+from fp4compile.policy.arc import Arc, refuse_illegal_arc
 
 KINDS: Final = (OperandKind.ACTIVATION, OperandKind.WEIGHT, OperandKind.GRADIENT)
 BACKWARD: Final = (Role.DGRAD, Role.WGRAD)
@@ -42,9 +43,14 @@ class OperandTable:
     hadamard: int | None = None
     static_amax: float | None = None
     signs: str | None = None
+    arc: Arc | None = None  # of the activation alone
 
     def given(self) -> dict[str, Any]:
         return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+
+    def plain(self) -> dict[str, Any]:
+        """The same as policies spell it."""
+        return {name: value.given() if isinstance(value, Arc) else value for name, value in self.given().items()}
 
     def over(self, base: OperandTable) -> OperandTable:
         """This table's fields, and `base`'s where it gives none; scale settings are inherited within one format only."""
@@ -68,14 +74,14 @@ class OperandTable:
     def config(self, where: str, calibration: str = "") -> QuantConfig:
         """`calibration` names the artefact, where there is one. Raises `IllegalCombination`, which names `where`."""
         try:
-            return QuantConfig(**self.given(), calibration=calibration)
+            return QuantConfig(**{name: value for name, value in self.given().items() if name != "arc"}, calibration=calibration)
         except IllegalCombination as error:
             raise IllegalCombination(**{**error.fields, "where": where}) from None
 
     @classmethod
     def of(cls, config: QuantConfig) -> OperandTable:
         """Every field spelled out, so that nothing below this table shows through."""
-        values: dict[str, Any] = {f.name: getattr(config, f.name) for f in fields(cls)}
+        values: dict[str, Any] = {f.name: getattr(config, f.name) for f in fields(cls) if f.name != "arc"}
         plain: dict[str, Any] = {name: str(value) if isinstance(value, StrEnum) else value for name, value in values.items()}
         return cls(**plain)
 
@@ -145,6 +151,8 @@ def configs_of(setting: Setting, role: Role, where: str, calibration: str = "") 
                 needed="Training diverges with it (arXiv 2509.25149); only the backward may round stochastically.",
                 advice='Use rounding = "nearest" here, and "stochastic" on the gradient of dgrad and wgrad.',
             )
+    if role not in BACKWARD:
+        refuse_illegal_arc(setting.table(OperandKind.ACTIVATION).arc, configs, role, here, calibration)
     _refuse_unequal_rotation(configs, role, here)
     _refuse_searches_at_run_time(configs, here)
     formats = sorted({config.format for config in configs.values()})
