@@ -1,0 +1,198 @@
+"""Linears whose weight and input went through 4 bits, at a shift of the scale grid, and the statistics that some methods need.
+
+A shift multiplies the largest element that the global scale is made from: every block's scale then rounds anew, which changes nothing that
+matters, so results over shifts show what rounding luck is worth. It is an extra row with that one element, dropped afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from accuracy_methods import OUTLIERS, Method, WeightMethod
+from torch import Tensor, nn
+
+from fp4compile.codegen.calibrated import quantize_for_inputs
+from fp4compile.codegen.formats import QuantConfig, round_up
+from fp4compile.codegen.ops import QUANTIZE, quantize_args
+from fp4compile.codegen.reference.block import dequantize_ref, quantize_ref
+from fp4compile.codegen.reference.gptq import gptq_ref
+from fp4compile.codegen.reference.residual import quantize_residual_ref
+
+SHIFTS: Final = tuple(2.0 ** (i / 5) for i in range(5))  # an octave of them: e4m3 scales repeat after one
+_ARC_THRESHOLD, _ARC_MULTIPLE = 1 / 8, 64  # arXiv 2601.07475: share of the largest input; channels come in multiples
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """Of one Linear's input rows (R, K): E[x x^T], largest magnitude of each channel, share above an eighth of the largest of all."""
+
+    moments: Tensor
+    channel_amax: Tensor
+    share_above: float
+
+    @property
+    def order(self) -> Tensor:
+        """Channels by their largest magnitude, outliers last."""
+        return self.channel_amax.argsort()
+
+    def outliers(self, how: str) -> int:
+        k, share = len(self.channel_amax), OUTLIERS[how]
+        wanted = k * (self.share_above if share is None else share)
+        return min(round_up(max(int(-(-wanted // 1)), 1), _ARC_MULTIPLE), k)
+
+
+class QuantizedLinear(nn.Module):
+    """A Linear that computes on other values: `weight` (N, K), and `through` applied to its input."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.exact = linear
+        self.weight: Tensor = linear.weight.detach()
+        self.through: Callable[[Tensor], Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x if self.through is None else self.through(x), self.weight, self.exact.bias)
+
+    def restore(self) -> None:
+        self.weight, self.through = self.exact.weight.detach(), None
+
+
+def install(model: nn.Module, names: Sequence[str]) -> dict[str, QuantizedLinear]:
+    """Replace these Linears of `model`."""
+    made = {}
+    for name in names:
+        made[name] = QuantizedLinear(model.get_submodule(name))  # type: ignore[arg-type]
+        model.set_submodule(name, made[name])
+    return made
+
+
+def collect(layers: dict[str, QuantizedLinear], run: Callable[[], object]) -> dict[str, Inputs]:
+    """`run` calls the model with all calibration inputs; twice: the largest elements, then what depends on them."""
+    amax: dict[str, Tensor] = {}
+    with _watching(layers, lambda name, x: amax.update({name: torch.maximum(x.abs().amax(0), amax.get(name, x.new_zeros(())))})):
+        run()
+    moments: dict[str, Tensor] = {}
+    counts: dict[str, list[Tensor | int]] = {name: [0, 0] for name in layers}
+
+    def add(name: str, x: Tensor) -> None:
+        moments[name] = moments[name] + x.mT @ x if name in moments else x.mT @ x
+        counts[name] = [counts[name][0] + (x.abs() > _ARC_THRESHOLD * amax[name].max()).sum(), counts[name][1] + x.numel()]
+
+    with _watching(layers, add):
+        run()
+    return {
+        name: Inputs(
+            moments=moments[name] * (len(amax[name]) / int(counts[name][1])), channel_amax=amax[name],
+            share_above=int(counts[name][0]) / int(counts[name][1]),
+        )
+        for name in layers
+    }  # fmt: skip
+
+
+@contextmanager
+def _watching(layers: dict[str, QuantizedLinear], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args, name=name: see(name, args[0].flatten(0, -2))) for name, layer in layers.items()
+    ]
+    yield
+    for hook in hooks:
+        hook.remove()
+
+
+def quantized_weights(
+    layers: dict[str, QuantizedLinear], groups: Sequence[Sequence[str]], method: WeightMethod, inputs: dict[str, Inputs], shift: float
+) -> dict[str, Tensor]:
+    """The values of all weights. `groups` are layers that read one input: GPTQ goes through their columns together."""
+    found: dict[str, Tensor] = {}
+    for group in groups:
+        order = inputs[group[0]].order if method.ordered else None
+        weights = [layers[name].exact.weight if order is None else layers[name].exact.weight[:, order] for name in group]
+        moments = None
+        if method.calibrated:
+            moments = inputs[group[0]].moments if order is None else inputs[group[0]].moments[order][:, order]
+        values = _together(weights, moments, method, shift)
+        back = None if order is None else order.argsort()
+        found |= {name: each if back is None else each[:, back] for name, each in zip(group, values, strict=True)}
+    return found
+
+
+def _together(weights: list[Tensor], moments: Tensor | None, method: WeightMethod, shift: float) -> list[Tensor]:
+    k, config = weights[0].shape[1], method.config
+    if not method.calibrated:
+        return [dequantize_ref(*QUANTIZE(_shifted(w, shift), -1, *quantize_args(config), None))[: len(w), :k] for w in weights]
+    assert moments is not None
+    if method.calibrated == "gptq":
+        packed = [QUANTIZE(_shifted(w, shift), -1, *quantize_args(config), None) for w in weights]
+    else:
+        found = [quantize_for_inputs(_shifted(w, shift), moments, config, method="local_hessian") for w in weights]
+        packed = [(q.codes, q.scales, q.global_scale) for q in found]
+    if method.calibrated != "local_hessian":
+        scales = torch.cat([p[1].view(torch.uint8) for p in packed]).view(packed[0][1].dtype)
+        decode = torch.cat([p[2].expand(len(p[0])) for p in packed])
+        codes = torch.cat([p[0] for p in packed])
+        all_rows = torch.cat([_shifted(w, shift) for w in weights])
+        values = dequantize_ref(*gptq_ref(all_rows, moments, config, quantized=(codes, scales, decode)))
+        return [each[:-1, :k] for each in values.split([len(w) + 1 for w in weights])]
+    return [dequantize_ref(*p)[:-1, :k] for p in packed]
+
+
+def quantize_inputs(
+    layers: dict[str, QuantizedLinear], method: Method, inputs: dict[str, Inputs], shift: float, *, reference: bool
+) -> None:
+    """Set what each layer does with its input."""
+    for name, layer in layers.items():
+        if method.activation is None:
+            layer.through = None
+        elif method.outliers:
+            own = inputs[name]
+            layer.through = _with_residual(own.order.int(), own.outliers(method.outliers), method.activation, shift)
+        else:
+            layer.through = _plainly(method.activation, shift, reference)
+
+
+def _plainly(config: QuantConfig, shift: float, reference: bool) -> Callable[[Tensor], Tensor]:
+    def through(x: Tensor) -> Tensor:
+        rows = _shifted(x, shift)
+        packed = quantize_ref(rows, config) if reference else QUANTIZE(rows, -1, *quantize_args(config), None)
+        return dequantize_ref(*packed)[..., : x.shape[-2], : x.shape[-1]]
+
+    return through
+
+
+def _with_residual(order: Tensor, outliers: int, config: QuantConfig, shift: float) -> Callable[[Tensor], Tensor]:
+    """The sum of each outlier block and its residual block, channels back in their own order."""
+    back = order.long().argsort()
+
+    def through(x: Tensor) -> Tensor:
+        blocks = dequantize_ref(*quantize_residual_ref(_shifted(x, shift), order, outliers, config)).unflatten(-1, (-1, config.fmt.block))
+        plain = blocks.shape[-2] - 2 * outliers // config.fmt.block
+        pairs = blocks[..., plain::2, :] + blocks[..., plain + 1 :: 2, :]
+        once = torch.cat([blocks[..., :plain, :], pairs], dim=-2).flatten(-2)
+        return once.index_select(-1, back)[..., : x.shape[-2], :]
+
+    return through
+
+
+def _shifted(x: Tensor, shift: float) -> Tensor:
+    """`x` (..., R, K), each matrix with one more row that holds `shift` times its largest magnitude and zeros."""
+    row = F.pad((x.abs().amax((-2, -1)) * shift)[..., None, None], (0, x.shape[-1] - 1))
+    return torch.cat([x, row], dim=-2)
+
+
+def weight_error(layers: dict[str, QuantizedLinear], weights: dict[str, Tensor]) -> float:
+    """100 sum(err^2) / sum(w^2)."""
+    lost = sum((weights[name] - layer.exact.weight).square().sum().item() for name, layer in layers.items())
+    return 100 * lost / sum(layer.exact.weight.square().sum().item() for layer in layers.values())
+
+
+def extra_k(layers: dict[str, Any], inputs: dict[str, Inputs], how: str) -> float:
+    """By how much residuals make the products longer, as a share of all multiplications."""
+    if not how:
+        return 0.0
+    more = sum(layer.exact.weight.shape[0] * inputs[name].outliers(how) for name, layer in layers.items())
+    return more / sum(layer.exact.weight.numel() for layer in layers.values())

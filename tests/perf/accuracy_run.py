@@ -1,0 +1,118 @@
+"""The loop over rows and shifts. Every cell is stored when it is known, so that a run may be cut off anywhere and started again."""
+
+# ruff: noqa: T201 (a script prints)
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accuracy_layers import SHIFTS, Inputs, QuantizedLinear, extra_k, quantize_inputs, quantized_weights, weight_error
+from accuracy_methods import Method, WeightMethod
+
+Scores = dict[str, dict[str, list[float]]]  # text -> measure -> one number a window
+
+
+class Results:
+    """One JSON file, and a copy of it in a second folder. Refuses a file that was made under other settings."""
+
+    def __init__(self, path: Path, settings: dict[str, Any], copy_to: Path | None) -> None:
+        self.path, self.copy_to = path, copy_to
+        self.data: dict[str, Any] = {"settings": settings, "base": {}, "rows": {}}
+        if path.exists():
+            self.data = json.loads(path.read_text())
+            if self.data["settings"] != settings:
+                raise SystemExit(
+                    f"{path} was made with {self.data['settings']}; this run has {settings}. Give another --json or delete it."
+                )
+
+    def save(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.data) + "\n")
+        partial.replace(self.path)
+        if self.copy_to is not None:
+            (self.copy_to / self.path.name).write_text(self.path.read_text())
+
+    def has(self, method: Method, shift: int) -> bool:
+        return str(shift) in self.data["rows"].get(method.name, {}).get("shifts", {})
+
+
+@dataclass(kw_only=True)
+class Experiment:
+    """A model whose `layers` are quantized. `kept` gives, for a method that keeps some in high precision, their names."""
+
+    layers: dict[str, QuantizedLinear]
+    groups: Sequence[Sequence[str]]
+    score: Callable[[], Scores]
+    calibrate: Callable[[str], dict[str, Inputs]]  # of "text" or "random"
+    kept: Callable[[Method], Sequence[str]]
+    results: Results
+    reference: bool = False
+    deadline: float = float("inf")
+    inputs: dict[str, dict[str, Inputs]] = field(default_factory=dict)
+
+    def base(self) -> None:
+        """The scores in high precision, which fills whatever later scores are compared with."""
+        for layer in self.layers.values():
+            layer.restore()
+        scores = self.score()
+        self.results.data["base"] = self.results.data["base"] or scores
+        self.results.save()
+
+    def run(self, methods: Sequence[Method], shifts: int) -> bool:
+        """Whether everything is done; rows of equal weights are measured together, because GPTQ's take long."""
+        assert 0 < shifts <= len(SHIFTS)
+        by_weight: dict[WeightMethod, list[Method]] = {}
+        for method in methods:
+            by_weight.setdefault(method.weight, []).append(method)
+        for weight_method, own in by_weight.items():
+            for shift in range(shifts):
+                missing = [method for method in own if not self.results.has(method, shift)]
+                if not missing:
+                    continue
+                if time.monotonic() > self.deadline:
+                    return False
+                self._cells(weight_method, missing, shift)
+        return True
+
+    def _cells(self, weight_method: WeightMethod, methods: Sequence[Method], shift: int) -> None:
+        start = time.perf_counter()
+        inputs: dict[str, Inputs] = {}
+        if weight_method.calibrated or weight_method.ordered:
+            if weight_method.data not in self.inputs:
+                self.inputs[weight_method.data] = self.calibrate(weight_method.data)
+            inputs = self.inputs[weight_method.data]
+        weights = quantized_weights(self.layers, self.groups, weight_method, inputs, SHIFTS[shift])
+        error = weight_error(self.layers, weights)
+        for method in sorted(methods, key=lambda m: m.keep):
+            quantize_inputs(self.layers, method, inputs, SHIFTS[shift], reference=self.reference)
+            kept = set(self.kept(method)) if method.keep else {n for n in self.layers if n.endswith(method.high)} if method.high else set()
+            for name, layer in self.layers.items():
+                layer.weight = weights[name]
+                if name in kept:
+                    layer.restore()
+            row = self.results.data["rows"].setdefault(method.name, {"shifts": {}})
+            row |= {"weight_error": error, "extra_k": extra_k(self.layers, inputs, method.outliers), "kept": sorted(kept)}
+            row["kept_flops"] = sum(self.layers[n].exact.weight.numel() for n in kept) / sum(
+                layer.exact.weight.numel() for layer in self.layers.values()
+            )
+            row["shifts"][str(shift)] = self.score()
+            self.results.save()
+            print(f"{method.name}, shift {shift}: {_short(row['shifts'][str(shift)], self.results.data['base'])}, "
+                  f"{time.perf_counter() - start:.1f} s", flush=True)  # fmt: skip
+            start = time.perf_counter()
+
+
+def _short(scores: Scores, base: Scores) -> str:
+    parts = []
+    for text, measures in scores.items():
+        for measure, values in measures.items():
+            off = torch.tensor(values).mean() - (torch.tensor(base[text][measure]).mean() if measure == "nll" else 0)
+            parts.append(f"{text} {measure} {off:.4f}")
+    return ", ".join(parts)
