@@ -59,11 +59,14 @@ class Experiment:
 
     def base(self) -> None:
         """The scores in high precision, which fills whatever later scores are compared with."""
-        for layer in self.layers.values():
-            layer.restore()
+        self._restore()
         scores = self.score()
         self.results.data["base"] = self.results.data["base"] or scores
         self.results.save()
+
+    def _restore(self) -> None:
+        for layer in self.layers.values():
+            layer.restore()
 
     def run(self, methods: Sequence[Method], shifts: int) -> bool:
         """Whether everything is done; rows of equal weights are measured together, because GPTQ's take long."""
@@ -86,6 +89,7 @@ class Experiment:
         inputs: dict[str, Inputs] = {}
         if weight_method.calibrated or weight_method.ordered:
             if weight_method.data not in self.inputs:
+                self._restore()
                 self.inputs[weight_method.data] = self.calibrate(weight_method.data)
             inputs = self.inputs[weight_method.data]
         weights = quantized_weights(self.layers, self.groups, weight_method, inputs, SHIFTS[shift])

@@ -111,41 +111,44 @@ def main() -> None:
     model, tokens = load_packed(args.data)
     if args.quick:
         model.model.layers = model.model.layers[:3]
-    plain = model.to(device)
-    texts = {name: pick(tokens[name], args.windows).to(device) for name in TEXTS}
-    chosen_on = pick(tokens[CHOSEN_ON], args.calibration, offset=3).to(device)
-    assert not any(torch.equal(a, b) for a in texts[CHOSEN_ON] for b in chosen_on), "measured on what was chosen on"
-    settings = {
-        "blocks": len(plain.model.layers),
-        "windows": args.windows,
-        "calibration": args.calibration,
-        "device": device.type,
-        "texts": list(TEXTS),
-    }
-    results = Results(args.work / "smollm2.json", settings, args.out)
-    model = copy.deepcopy(plain)
-    names = [f"model.layers.{i}.{name}" for i in range(len(plain.model.layers)) for group in GROUPS for name in group]
-    layers = install(model, names)
-    scorer = Scorer(texts, args.batch)
-    experiment = Experiment(
-        layers=layers,
-        groups=[[f"model.layers.{i}.{name}" for name in group] for i in range(len(plain.model.layers)) for group in GROUPS],
-        score=lambda: scorer(model),
-        calibrate=lambda data: collect(
-            layers, lambda: run_over(model, chosen_on if data == "text" else random_like(chosen_on), args.batch)
-        ),
-        kept=keeping(lambda: sensitivity(plain, chosen_on[:: max(len(chosen_on) // args.sensitivity_windows, 1)], args)),
-        results=results,
-        reference=args.reference,
-        deadline=started + args.seconds,
-    )
+    experiment, scorer = prepare(model.to(device), {name: windows.to(device) for name, windows in tokens.items()}, args)
+    experiment.deadline = started + args.seconds
     experiment.base()
-    bf16_row(plain, scorer, results)
+    bf16_row(model, scorer, experiment.results)
     print(f"{time.monotonic() - started:.0f} s to begin with", flush=True)
     rows = wanted_rows(args.only)
     slow = [row for row in rows if row.keep or "gptq" in row.weight.calibrated]
     done = experiment.run([row for row in rows if row not in slow], args.shifts) and experiment.run(slow, args.shifts)
     print("all is done" if done else "to be continued: run the same command again", f"{time.monotonic() - started:.0f} s", flush=True)
+
+
+def prepare(plain: Any, tokens: dict[str, Tensor], args: argparse.Namespace) -> tuple[Experiment, Scorer]:
+    """An experiment on a copy of `plain`."""
+    texts = {name: pick(tokens[name], args.windows) for name in TEXTS}
+    chosen_on = pick(tokens[CHOSEN_ON], args.calibration, offset=3)
+    assert not any(torch.equal(a, b) for a in texts[CHOSEN_ON] for b in chosen_on), "measured on what was chosen on"
+    model, blocks, scorer = copy.deepcopy(plain), len(plain.model.layers), Scorer(texts, args.batch)
+    groups = [[f"model.layers.{i}.{name}" for name in group] for i in range(blocks) for group in GROUPS]
+    layers = install(model, [name for group in groups for name in group])
+    settings = {
+        "blocks": blocks,
+        "windows": args.windows,
+        "calibration": args.calibration,
+        "device": plain.device.type,
+        "texts": list(TEXTS),
+    }
+    experiment = Experiment(
+        layers=layers,
+        groups=groups,
+        score=lambda: scorer(model),
+        calibrate=lambda data: collect(
+            layers, lambda: run_over(model, chosen_on if data == "text" else random_like(chosen_on), args.batch)
+        ),
+        kept=keeping(lambda: sensitivity(plain, chosen_on[:: max(len(chosen_on) // args.sensitivity_windows, 1)], args)),
+        results=Results(args.work / "smollm2.json", settings, args.out),
+        reference=args.reference,
+    )
+    return experiment, scorer
 
 
 def random_like(windows: Tensor) -> Tensor:
