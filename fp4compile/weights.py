@@ -93,7 +93,7 @@ class WeightStore:
             raise WeightFreed(shape=tuple(parameters[0].shape))
         with torch.no_grad():
             values = tuple(compute(*parameters))
-        self.quantizations += 1
+        self.quantizations += bool(parameters)  # orders of channels are made of none
         if old is not None and all(a.shape == b.shape and a.device == b.device for a, b in zip(old.values, values, strict=True)):
             # Same memory: a CUDA graph that reads these codes goes on without a new recording.
             for kept, new in zip(old.values, values, strict=True):

@@ -17,7 +17,7 @@ from fp4compile.codegen import ops
 from fp4compile.codegen.residual_ops import QUANTIZE_REPEATED
 from fp4compile.passes.base import Pass, PassContext, PassResult
 from fp4compile.passes.match import computed_from_parameters, root_parameters
-from fp4compile.passes.site import Constant, constant_of, fake_of, input_of, set_constant
+from fp4compile.passes.site import Constant, constant_of, fake_of, input_of, is_order, set_constant
 
 
 @dataclass(frozen=True)
@@ -37,16 +37,19 @@ class FoldWeights(Pass):
 
 @dataclass(frozen=True, kw_only=True)
 class CutConstant:
-    """A constant taken out of a graph: how to compute it, from which inputs, and where the graph now reads it."""
+    """A constant taken out of a graph: how to compute it, from which inputs, and where the graph now reads it.
 
-    compute: fx.GraphModule  # parameters -> (codes, scales, global scale)
+    An order of channels is one too, computed from nothing: Inductor takes no tensors that are not inputs.
+    """
+
+    compute: fx.GraphModule  # parameters -> (codes, scales, global scale), or nothing -> (order,)
     recipe: str  # equal recipes on equal parameters give equal values
     inputs: tuple[int, ...]  # positions of the parameters among the placeholders of the cut graph as it was
-    outputs: tuple[int, ...]  # which of the three results the graph reads, in the order of its new placeholders
+    outputs: tuple[int, ...]  # which of the results the graph reads, in the order of its new placeholders
 
 
 def cut_constants(gm: fx.GraphModule) -> list[CutConstant]:
-    """Replace the results of marked nodes by new placeholders behind the old ones, in place."""
+    """Replace the results of marked nodes, and orders that activations are quantized in, by new placeholders behind the old ones."""
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     position = {node: i for i, node in enumerate(placeholders)}
     cuts: list[CutConstant] = []
@@ -69,6 +72,11 @@ def cut_constants(gm: fx.GraphModule) -> list[CutConstant]:
             )
         )
     gm.graph.eliminate_dead_code()
+    for order in [n for n in gm.graph.nodes if is_order(n)]:
+        compute = _subgraph(gm, order, ())
+        assert last is not None
+        last = _as_placeholder(gm.graph, order, last)
+        cuts.append(CutConstant(compute=compute, recipe=_recipe(compute.graph), inputs=(), outputs=(0,)))
     return cuts
 
 
@@ -94,7 +102,7 @@ def _subgraph(gm: fx.GraphModule, result: fx.Node, roots: tuple[fx.Node, ...]) -
     for node in gm.graph.nodes:
         if node in needed:
             copies[node] = graph.node_copy(node, lambda n: copies[n])
-    graph.output(copies[result])
+    graph.output((copies[result],) if is_order(result) else copies[result])
     return fx.GraphModule(gm, graph)
 
 

@@ -76,48 +76,53 @@ def refuse_illegal_arc(arc: Arc | None, configs: Mapping[OperandKind, QuantConfi
     activation, weight = configs.get(OperandKind.ACTIVATION), configs.get(OperandKind.WEIGHT)
     if arc is None or arc.rule is None or activation is None:
         return
-    by_moments = weight is not None and weight.needs_moments
-    rows = (
-        (
-            role is not Role.FPROP or weight is None,
-            f"arc in {role}",
-            "A residual of the activation needs a weight whose columns are repeated, in a forward.",
-            "Give the table to rules about layers, or arc = false to this one.",
-        ),
+    if role is not Role.FPROP or weight is None:
+        raise IllegalCombination(
+            where=where,
+            found=f"arc in {role}",
+            needed="A residual of the activation needs a weight whose columns are repeated, in a forward.",
+            advice="Give the table to rules about layers, or arc = false to this one.",
+        )
+    for holds, found, needed, advice in _conflicts(arc.rule, activation, weight, calibration):
+        if holds:
+            raise IllegalCombination(where=where, found=f"arc {found}", needed=needed, advice=advice)
+
+
+def _conflicts(
+    rule: OutlierRule, activation: QuantConfig, weight: QuantConfig, calibration: str
+) -> tuple[tuple[bool, str, str, str], ...]:  # fmt: skip
+    return (
         (
             not calibration,
-            "arc without a calibration",
+            "without a calibration",
             "Which channels are outliers is known from running the model on data.",
             "Run `fp4compile calibrate` and name its file in the policy: calibration = 'file.pt'.",
         ),
         (
             bool(activation.hadamard),
-            f"arc with hadamard = {activation.hadamard}",
+            f"with hadamard = {activation.hadamard}",
             "A rotation spreads outliers over its group, so no channel is one any more.",
             "Use one of the two: hadamard = 0, or arc = false.",
         ),
         (
             activation.is_tile,
-            f"arc with block = {activation.block}",
+            f"with block = {activation.block}",
             "Residual blocks lie between blocks of one row.",
             "Use block = '1x16' for the activation.",
         ),
         (
-            bool(arc.rule.multiple % activation.fmt.block),
-            f"arc with multiple = {arc.rule.multiple} and format = {activation.format}",
+            bool(rule.multiple % activation.fmt.block),
+            f"with multiple = {rule.multiple} and format = {activation.format}",
             f"Residuals come in whole blocks, of {activation.fmt.block} channels.",
             "Use multiple = 64.",
         ),
         (
-            by_moments,
-            f"arc with a weight by {weight.describe() if weight else ''}",
+            weight.needs_moments,
+            f"with a weight by {weight.describe()}",
             "That weight's columns are rounded in the order of the layer's channels, and arc has another.",
             "Use scale_rule = 'sweep' for the weight.",
         ),
     )
-    for holds, found, needed, advice in rows:
-        if holds:
-            raise IllegalCombination(where=where, found=found, needed=needed, advice=advice)
 
 
 def refuse_arc_in_training(arc: Arc | None, where: str) -> None:

@@ -14,6 +14,7 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 RUN_KERNELS = [
     "test_quantize_exact.py",
+    "test_quantize_residual_exact.py",
     "test_scaled_mm.py",
     "test_grouped.py",
     "test_flagged_mm.py",

@@ -52,29 +52,27 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 
 @pytest.mark.usefixtures("way")
-@pytest.mark.parametrize("by_block", [False, True], ids=["channels", "blocks"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_every_option_on_hard_inputs(device: torch.device, options: dict, by_block: bool) -> None:
+def test_every_option_on_hard_inputs(device: torch.device, options: dict) -> None:
     index = OPTIONS.index(options)
-    names = DISTRIBUTIONS[index % 2 :: 2] if triton.knobs.runtime.interpret else DISTRIBUTIONS
-    x = hard_batch(35, 70, DTYPES[index % 3], torch.Generator(device).manual_seed(index), names)
-    assert_exact(x, 32, by_block=by_block, axis=(-1, -2)[index % 2], **options)
+    names = DISTRIBUTIONS[index % 4 :: 4] if triton.knobs.runtime.interpret else DISTRIBUTIONS
+    x = hard_batch(9, 70, DTYPES[index % 3], torch.Generator(device).manual_seed(index), names)
+    assert_exact(x, 32, by_block=index % 4 > 1, **options)
+    assert_exact(x.mT[-1, :, :33], 16, by_block=index % 4 < 2, axis=-2, **options)
 
 
-@pytest.mark.parametrize("by_block", [False, True], ids=["channels", "blocks"])
-@pytest.mark.parametrize("shape", [(1, 16), (2, 3, 80), (70, 31), (130, 144)], ids=str)
-def test_shapes_and_swizzled_scales_with_their_padding(device: torch.device, shape: tuple[int, ...], by_block: bool) -> None:
+@pytest.mark.parametrize("shape", [(1, 16), (2, 3, 80), (130, 48)], ids=str)
+def test_shapes_and_swizzled_scales_with_their_padding(device: torch.device, shape: tuple[int, ...]) -> None:
     x = torch.randn(*shape, generator=torch.Generator(device).manual_seed(1), device=device)
     for dtype, options in zip(DTYPES, ({}, {"global_scale": "row"}, {"format": "mxfp4"}), strict=True):
-        for outliers, layout in ((16, "plain"), (shape[-1], "swizzled"), (0, "plain")):
-            assert_exact(x.to(dtype), outliers, by_block=by_block, layout=layout, **options)
+        assert_exact(x.to(dtype), 16, by_block=dtype is torch.float32, **options)
+    assert_exact(x, shape[-1], layout="swizzled")
 
 
 def test_any_strides_and_no_rows(device: torch.device) -> None:
     x = torch.randn(8, 48, generator=torch.Generator(device).manual_seed(2), device=device)
     for view in (x.t(), x[::2, 3::3], x[:1].expand(5, 48), x[:0], x.view(2, 2, 2, 48)):
-        for by_block in (False, True):
-            assert_exact(view, 16, by_block=by_block)
+        assert_exact(view, 16, by_block=view.ndim > 2 or view.stride(-1) == 1)
 
 
 def test_more_matrices_than_a_grid_holds(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

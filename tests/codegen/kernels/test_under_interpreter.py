@@ -14,6 +14,7 @@ HERE = Path(__file__).parent
 
 FILES = [
     "test_quantize_exact.py",
+    "test_quantize_residual_exact.py",
     "test_scaled_mm.py",
     "test_weight_products.py",
     "test_grouped.py",
