@@ -164,7 +164,7 @@ class Calibration:
         return MissingStatistics(
             site=site,
             found=f"{self.name} has no statistics of it, only of {len(self._by_site)} others" + (f" such as {near[0]}" if near else ""),
-            advice="Calibrate the model that is compiled, under the same names: `fp4compile calibrate`.",
+            advice="Calibrate for the policy that is compiled, `fp4compile calibrate --policy`, and the model as a whole.",
         )
 
 
@@ -202,7 +202,8 @@ def save_atomically(plain: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        torch.save(plain, unfinished)
+        with unfinished.open("wb") as file:  # by its path torch would write the name of the file into the archive
+            torch.save(plain, file)
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)

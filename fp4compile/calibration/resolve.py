@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from fp4compile.calibration.check import check_weight
 from fp4compile.calibration.record import Calibration, LayerStatistics, MissingStatistics
-from fp4compile.codegen.formats import QuantConfig
+from fp4compile.codegen.formats import QuantConfig, Rounding
 from fp4compile.codegen.statistics import InputMoments, remember
 from fp4compile.codegen.target import Target
 from fp4compile.passes.assign_precision import plan_for
@@ -53,7 +53,7 @@ class Resolver:
         if not config.needs_statistics:
             return config
         if kind is OperandKind.WEIGHT:
-            return replace(config, calibration=self._moments(readers[_place(_weight(site))]))
+            return replace(config, calibration=self._moments(readers[_place(_weight(site))], config))
         return replace(config, static_amax=self._amax(site.name, config.hadamard), calibration="")
 
     def _amax(self, site: str, rotation: int) -> float:
@@ -73,12 +73,18 @@ class Resolver:
             )
         return amax
 
-    def _moments(self, readers: Sequence[Site]) -> str:
+    def _moments(self, readers: Sequence[Site], config: QuantConfig) -> str:
         """The key of the moments of all that one weight is multiplied with: a layer that is called twice has one weight."""
         names = list(dict.fromkeys(site.name for site in readers))
         found = [self.calibration.statistics_for(name) for name in names]
         distinct = list({id(statistics): statistics for statistics in found}.values())
         statistics = reduce(LayerStatistics.merged, distinct)
+        if statistics.moments is None and needs_all_moments(config):
+            raise MissingStatistics(
+                site=names[0],
+                found=f"{self.calibration.name} holds the moments of its input in blocks of 16 channels, and {config.describe()} needs all",
+                advice='Calibrate with moments = "full", or for this policy: `fp4compile calibrate MODEL.py --policy POLICY.toml`.',
+            )
         print_ = self.calibration.operands.get(names[0])
         checksum = print_.checksum if print_ is not None else None
         # Weights that share an input share its numbers, not the name: each has its own checksum.
@@ -94,6 +100,11 @@ class Resolver:
             position = input_of(root)
             if position in self.names:
                 check_weight(self.calibration, site.name, self.names[position], self.values.get(position))
+
+
+def needs_all_moments(config: QuantConfig) -> bool:
+    """Blocks of 16 channels are enough for scales, unless a rotation mixes more of them."""
+    return config.rounding is Rounding.GPTQ or (config.needs_moments and config.hadamard > 16)
 
 
 def _weight(site: Site) -> Operand:

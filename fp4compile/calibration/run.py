@@ -115,12 +115,11 @@ def _observe(instrumented: Instrumented, watch: Watch, batch: Any, index: int) -
 
 
 def _result(watch: Watch, model: Callable[..., Any], weights: Mapping[str, WeightPrint], batches: int, name: str) -> Calibration:
-    reached = set(watch.parameters)
     return Calibration(
         entries=tuple(sums.statistics(sites) for sites, sums in watch.sums.items()),
         weights={**weights, **watch.parameters},
         operands=dict(watch.operands),
-        unreached=tuple(name for name, print_ in weights.items() if len(print_.shape) > 1 and name not in reached),
+        unreached=tuple(name for name, print_ in weights.items() if len(print_.shape) > 1 and name not in watch.reached),
         batches=batches,
         name=name,
     )

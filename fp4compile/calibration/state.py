@@ -55,6 +55,7 @@ class Progress:
             raise OtherRun(path=self.path.name, found=f"of a model with other weights ({changed})")
         watch.sums = {sites: Sums.of_plain(sums, device) for sites, sums in plain["sums"]}
         watch.operands, watch.parameters = _prints(plain["operands"]), _prints(plain["parameters"])
+        watch.reached = set(plain["reached"])
         self.done = list(plain["done"])
         return len(self.done)
 
@@ -79,6 +80,7 @@ class Progress:
             "sums": [(sites, sums.plain()) for sites, sums in watch.sums.items()],
             "operands": _plain(watch.operands),
             "parameters": _plain(watch.parameters),
+            "reached": sorted(watch.reached),
         }
         save_atomically(plain, self.path)
 

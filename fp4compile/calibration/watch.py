@@ -12,8 +12,9 @@ from torch import Tensor, fx
 from fp4compile.calibration.check import print_of
 from fp4compile.calibration.observers import Sums, Wanted
 from fp4compile.calibration.record import WeightPrint
+from fp4compile.calibration.resolve import needs_all_moments
 from fp4compile.codegen.errors import Fp4CompileError
-from fp4compile.codegen.formats import GlobalScale, Rounding
+from fp4compile.codegen.formats import GlobalScale
 from fp4compile.instrumented import FIRST_FACTOR, PlannedGraph
 from fp4compile.passes.match import named_parameter, root_parameters
 from fp4compile.passes.site import Operand, OperandKind, Plan, Role, Site, input_of, plan_of, site_of
@@ -45,10 +46,12 @@ class Watch:
     operands: dict[str, WeightPrint] = field(default_factory=dict)  # by site: its weight as it is multiplied
     addresses: dict[str, int] = field(default_factory=dict)  # by site: of the parameter that is its weight
     parameters: dict[str, WeightPrint] = field(default_factory=dict)  # by qualified name: those that belong to observed sites
+    reached: set[str] = field(default_factory=set)  # qualified names of all that any matmul reads, observed or not
 
     def runner(self, gm: fx.GraphModule, names: Mapping[int, str]) -> Callable[[list[Any]], Any]:
         values, inputs = _values_of(gm, self.moments), gm.graph.find_nodes(op="placeholder")
         new = set(values)  # matmuls whose weight has not been looked at
+        self.reached |= _read_by_matmuls(gm, names)
 
         def call(args: list[Any]) -> Any:
             return _Watching(gm, self, values, names, new, dict(zip(inputs, args, strict=True))).run(*args)
@@ -83,24 +86,32 @@ class _Watching(PlannedGraph):
             if value.sites not in self.seen:
                 self.seen.add(value.sites)
                 self.watch.of(value, activation.shape[-1], activation.device).add(activation)
+            parameter = named_parameter(_operand(site, OperandKind.WEIGHT).source)
+            self._refuse_another_layer(site, parameter)
             if n in self.new:
                 self.new.discard(n)
-                self._look_at_weight(site, weight)
+                self._print_weight(site, parameter, weight)
         return super(PlannedGraph, self).run_node(n)
 
-    def _look_at_weight(self, site: Site, weight: Tensor) -> None:
-        operand = _operand(site, OperandKind.WEIGHT)
-        roots = [r for r in root_parameters(operand.source) if input_of(r) in self.names]
-        parameter = named_parameter(operand.source)
+    def _refuse_another_layer(self, site: Site, parameter: fx.Node | None) -> None:
+        """Layers of one class may even share one compiled graph, to which their parameters are inputs."""
         address = self.inputs[parameter].data_ptr() if parameter is not None else 0
         if self.watch.addresses.setdefault(site.name, address) != address:
             raise TwoLayersOneName(site=site.name)
+
+    def _print_weight(self, site: Site, parameter: fx.Node | None, weight: Tensor) -> None:
         if parameter is not None:  # moved and cast alone: what is computed may differ in the last bit elsewhere
             self.watch.operands[site.name] = print_of(weight)
-        for root in roots:
+        for root in root_parameters(_operand(site, OperandKind.WEIGHT).source):
             position = input_of(root)
-            assert position is not None
-            self.watch.parameters.setdefault(self.names[position], print_of(self.inputs[root]))
+            if position is not None and position in self.names:
+                self.watch.parameters.setdefault(self.names[position], print_of(self.inputs[root]))
+
+
+def _read_by_matmuls(gm: fx.GraphModule, names: Mapping[int, str]) -> set[str]:
+    operands = [o for n in gm.graph.nodes if (site := site_of(n)) is not None for o in (site.lhs, site.rhs) if o is not None]
+    weights = [operand.source for operand in operands if operand.kind is OperandKind.WEIGHT]
+    return {names[at] for source in weights for root in root_parameters(source) if (at := input_of(root)) is not None and at in names}
 
 
 def _values_of(gm: fx.GraphModule, moments: bool) -> dict[fx.Node, Value]:
@@ -128,8 +139,7 @@ def _wanted(nodes: Sequence[fx.Node]) -> Wanted:
         for config in (plan.lhs, plan.rhs):
             if config is None:
                 continue
-            # Blocks of 16 channels are enough for scales, unless a rotation mixes more of them.
-            moments |= config.rounding is Rounding.GPTQ or (config.needs_moments and config.hadamard > 16)
+            moments |= needs_all_moments(config)
             if config.global_scale is GlobalScale.STATIC and config.static_amax is None and config.hadamard:
                 rotations.add(config.hadamard)
     return Wanted(moments=moments, rotations=tuple(sorted(rotations)))
