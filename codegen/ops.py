@@ -63,6 +63,11 @@ def quantize_args(config: QuantConfig) -> tuple[object, ...]:
     return (c.format, str(c.block), str(c.scale_rule), str(c.global_scale), str(c.rounding), c.hadamard, c.static_amax)
 
 
+def quantize_keywords(config: QuantConfig) -> dict[str, str]:
+    """The keyword arguments that spell the rest of `config`: whose statistics it goes by."""
+    return {"calibration": config.calibration} if config.calibration else {}
+
+
 def quantize_both_args(row: QuantConfig, column: QuantConfig) -> tuple[object, ...]:
     """The operator arguments, after `x`, that spell a quantization along the last axis and one along the last but one."""
     return (*quantize_args(row), *quantize_args(column))

@@ -134,9 +134,8 @@ def _quantized(node: fx.Node, operand: Operand, config: QuantConfig | None, plac
     with graph.inserting_after(place):
         seed = places.seed(node, tag) if _is_stochastic(config) else None
     args = (operand.source, operand.axis, *ops.quantize_args(config), seed)
-    kwargs = {"calibration": config.calibration} if config.calibration else None
     with graph.inserting_after(seed or place):
-        packed = call(graph, ops.QUANTIZE, args, kwargs, like=node, tag=tag, source=operand.source)
+        packed = call(graph, ops.QUANTIZE, args, ops.quantize_keywords(config), like=node, tag=tag, source=operand.source)
     parts: list[fx.Node] = []
     for index in range(3):
         with graph.inserting_after(parts[-1] if parts else packed):

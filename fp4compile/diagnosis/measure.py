@@ -106,10 +106,15 @@ def measure(x: Tensor, config: QuantConfig, *, axis: int, draws: int, signs: Ten
     source, rest = rotated(x, config, axis, signs)
     stochastic = config.rounding is Rounding.STOCHASTIC
     seeds = torch.randint(2**62, (max(draws, 1),), device=x.device).unbind() if stochastic else (None,)
-    packed = ops.QUANTIZE(source, -1, *ops.quantize_args(rest), seeds[0])
+    packed = _calibrated(x, config, axis) if config.needs_moments else ops.QUANTIZE(source, -1, *ops.quantize_args(rest), seeds[0])
     first = _values(packed, source)
     further = [_values(ops.QUANTIZE(source, -1, *ops.quantize_args(rest), seed), source) for seed in seeds[1:]]
     return packed, _sums(source.float(), first, further, packed, rest)
+
+
+def _calibrated(x: Tensor, config: QuantConfig, axis: int) -> Packed:
+    """Statistics are of values that are not rotated yet: the operator rotates both."""
+    return ops.QUANTIZE(x, axis, *ops.quantize_args(config), None, **ops.quantize_keywords(config))
 
 
 def rotated(x: Tensor, config: QuantConfig, axis: int, signs: Tensor | None) -> tuple[Tensor, QuantConfig]:

@@ -111,7 +111,7 @@ class Call:
             return ops.QUANTIZE(x, axis, *ops.quantize_args(config), None)
         key = (self.site.name, operand.parameter, config.describe())
         if key not in self.weights:
-            self.weights[key] = ops.QUANTIZE(x, axis, *ops.quantize_args(config), None)
+            self.weights[key] = ops.QUANTIZE(x, axis, *ops.quantize_args(config), None, **ops.quantize_keywords(config))
         return self.weights[key]
 
 

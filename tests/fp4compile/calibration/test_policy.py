@@ -19,7 +19,10 @@ from fp4compile.calibration.source import AnotherCalibration, NotCalibrated
 from fp4compile.codegen.calibrated import quantize_for_inputs
 from fp4compile.codegen.errors import IllegalCombination
 from fp4compile.codegen.formats import QuantConfig
+from fp4compile.codegen.reference.block import dequantize_ref
+from fp4compile.codegen.reference.hadamard import hadamard_ref
 from fp4compile.codegen.statistics import StaleCalibration
+from fp4compile.isolation.planned import Call, PlannedModel
 from fp4compile.policy.load import load_policy
 from fp4compile.weights import STORE
 from tests.fp4compile.calibration.test_run import llama, token_batches
@@ -300,3 +303,20 @@ def test_files_are_found_beside_the_policy_that_names_them(tmp_path: Path):
     assert load_policy(tmp_path / "other.toml", calibrated=False).calibrated_by == "not there.pt"
     with pytest.raises(NotCalibrated, match=r"other.toml: its calibration file not there.pt"):
         load_policy(tmp_path / "other.toml")
+
+
+@torch.no_grad()
+def test_diagnosis_and_sensitivity_follow_calibrated_policies(tmp_path: Path):
+    model, made, x = SharedInput().eval(), tmp_path / "c.pt", torch.randn(64, 32)
+    wanted = policy(made, extends="nvfp4", weight=METHODS["gptq"], activation={"global_scale": "static"}, hadamard=16)
+    fp4compile.calibrate(model, [x], policy=wanted, progress=False)
+    expected = compiled(model, wanted)(x)
+    rows = {(row.matmul, row.operand): row for row in fp4compile.diagnose(model, lambda run: run(x), policy=wanted).rows}
+    for name in ("q", "k"):
+        codes = codes_of(getattr(model, name).weight)
+        rotated = hadamard_ref(getattr(model, name).weight, 16)
+        error = (dequantize_ref(*codes) - rotated).square().sum() / rotated.square().sum()
+        assert rows[name, "weight"].sqnr_db == pytest.approx(-10 * error.log10().item(), abs=1e-3)
+        assert rows[name, "weight"].quantized == "nvfp4+sweep+h16+gptq"
+    found = PlannedModel(model, load_policy(wanted))(x, Call.quantized)
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
