@@ -1,4 +1,4 @@
-"""The kernels of `fp4::quantize_residual`, as launched for large matrices, compiled for each generation: no spills, the right instructions."""
+"""The kernels of `fp4::quantize_residual`, as launched for large matrices, compiled: no spills, the right instructions."""
 
 from __future__ import annotations
 
