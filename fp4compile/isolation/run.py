@@ -108,8 +108,8 @@ class _Run:
         base["loss"] = list(self._losses(survey, "the model in high precision"))
         facts = list(survey.found.values())
         if not facts:
-            sites = self.planned.record.sites if self.planned.record else ()
-            raise NothingPlanned(policy=self.policy.name, found=f"{len(sites)} matmuls in the last graph")
+            sites = sum(len(graph.sites) for graph in self.planned.graphs)
+            raise NothingPlanned(policy=self.policy.name, found=f"{sites} matmuls, all in high precision")
         check_roles(self.roles, facts)
         self.entry["facts"] = [asdict(fact) for fact in facts]
         self.store.save()
