@@ -110,15 +110,22 @@ def quantized_weights(
     """The values of all weights. `groups` are layers that read one input: GPTQ goes through their columns together."""
     found: dict[str, Tensor] = {}
     for group in groups:
-        order = inputs[group[0]].order if method.ordered else None
-        weights = [layers[name].exact.weight if order is None else layers[name].exact.weight[:, order] for name in group]
-        moments = None
-        if method.calibrated:
-            moments = inputs[group[0]].moments if order is None else inputs[group[0]].moments[order][:, order]
-        values = _together(weights, moments, method, shift)
-        back = None if order is None else order.argsort()
-        found |= {name: each if back is None else each[:, back] for name, each in zip(group, values, strict=True)}
+        weights, own = [layers[name].exact.weight for name in group], inputs.get(group[0])
+        values = quantize_group(weights, own.moments if own and method.calibrated else None, own, method, shift)
+        found |= dict(zip(group, values, strict=True))
     return found
+
+
+def quantize_group(
+    weights: list[Tensor], moments: Tensor | None, inputs: Inputs | None, method: WeightMethod, shift: float
+) -> list[Tensor]:
+    """Values of weights (N, K) that read one input. `inputs` says the order of channels where `method` has one."""
+    if not method.ordered:
+        return _together(weights, moments, method, shift)
+    assert inputs is not None
+    order = inputs.order
+    values = _together([w[:, order] for w in weights], None if moments is None else moments[order][:, order], method, shift)
+    return [each[:, order.argsort()] for each in values]
 
 
 def _together(weights: list[Tensor], moments: Tensor | None, method: WeightMethod, shift: float) -> list[Tensor]:

@@ -18,13 +18,15 @@ OUTLIERS: Final = {"": 0.0, "threshold": None, "quarter": 1 / 4, "half": 1 / 2} 
 class WeightMethod:
     """`calibrated` names a method of `quantize_for_inputs`; without it the config decides. `ordered`: columns in ARC's order.
 
-    data: what calibration reads, "text" or "random", tokens drawn evenly from the vocabulary.
+    data: what calibration reads, "text" or "random", tokens drawn evenly from the vocabulary. sequential: block by block, each fitted to
+    the inputs that the blocks before it give when they are quantized.
     """
 
     config: QuantConfig
     calibrated: str = ""
     ordered: bool = False
     data: str = "text"
+    sequential: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +58,9 @@ def _row(
     outliers: str = "",
     data: str = "text",
     high: tuple[str, ...] = (),
+    sequential: bool = False,
 ) -> Method:
-    method = WeightMethod(config=weight, calibrated=calibrated, ordered=bool(outliers), data=data)
+    method = WeightMethod(config=weight, calibrated=calibrated, ordered=bool(outliers), data=data, sequential=sequential)
     scheme = "W4A16" if activation is None else "W4A4"
     return Method(name=f"{scheme} {name}", weight=method, activation=activation, outliers=outliers, high=high)
 
@@ -99,6 +102,10 @@ W4A4: Final = (
     _row("ARC + 4/6, GPTQ + local Hessian", SWEEP, FOUR_OVER_SIX, calibrated=BOTH, outliers="threshold"),
     _row("ARC + 4/6, a quarter, GPTQ + local Hessian", SWEEP, FOUR_OVER_SIX, calibrated=BOTH, outliers="quarter"),
     _row("ARC + 4/6, half, GPTQ + local Hessian", SWEEP, FOUR_OVER_SIX, calibrated=BOTH, outliers="half"),
+    _row("sequential GPTQ + local Hessian, activations 4/6", SWEEP, FOUR_OVER_SIX, calibrated=BOTH, sequential=True),
+    _row(
+        "ARC + 4/6, a quarter, sequential GPTQ + local Hessian", SWEEP, FOUR_OVER_SIX, calibrated=BOTH, outliers="quarter", sequential=True
+    ),
 )
 KEPT: Final = tuple(
     replace(method, name=f"{method.name}, {share:.0%} in high precision", keep=share)
@@ -106,7 +113,7 @@ KEPT: Final = tuple(
     for method in W4A4
     if method.name.removeprefix("W4A4 ") in (
         "nvfp4", "sweep, activations 4/6", "GPTQ + local Hessian, activations 4/6", "ARC + 4/6, GPTQ + local Hessian",
-        "ARC + 4/6, a quarter, GPTQ + local Hessian",
+        "ARC + 4/6, a quarter, GPTQ + local Hessian", "ARC + 4/6, a quarter, sequential GPTQ + local Hessian",
     )
 )  # fmt: skip
 ROWS: Final = (*W4A4, *W4A16, *KEPT)

@@ -86,7 +86,9 @@ def scorer(model: Any, batches: list[Tensor]) -> Callable[[], Scores]:
 
 
 def wanted_rows(only: list[str]) -> list[Method]:
-    return [m for m in ROWS if not (m.keep or m.high or m.weight.data != "text") and any(part in m.name for part in only)]
+    return [
+        m for m in ROWS if not (m.keep or m.high or m.weight.data != "text" or m.weight.sequential) and any(part in m.name for part in only)
+    ]
 
 
 def main() -> None:
@@ -109,6 +111,7 @@ def main() -> None:
         score=scorer(model, batches),
         calibrate=lambda data: collect(layers, lambda: embeddings(model, calibration)),
         kept=lambda method: (),
+        sequential=None,
         results=Results(args.work / "minilm.json", settings, None),
     )
     experiment.base()

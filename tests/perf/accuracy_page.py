@@ -61,7 +61,8 @@ class Row:
 
 def rows_of(data: dict[str, Any], text: str) -> list[Row]:
     plain = data["rows"].get(BASELINE)
-    return [_row(name, row, data["base"][text]["nll"], plain, text) for name, row in data["rows"].items()]
+    order = ["bf16", *(method.name for method in ROWS)]
+    return [_row(name, data["rows"][name], data["base"][text]["nll"], plain, text) for name in order if name in data["rows"]]
 
 
 def _row(name: str, row: dict[str, Any], base: Sequence[float], plain: dict[str, Any] | None, text: str) -> Row:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accuracy_layers import SHIFTS, Inputs, QuantizedLinear, extra_k, quantize_inputs, quantized_weights, weight_error
 from accuracy_methods import Method, WeightMethod
+from torch import Tensor
 
 Scores = dict[str, dict[str, list[float]]]  # text -> measure -> one number a window
 
@@ -52,6 +53,7 @@ class Experiment:
     score: Callable[[], Scores]
     calibrate: Callable[[str], dict[str, Inputs]]  # of "text" or "random"
     kept: Callable[[Method], Sequence[str]]
+    sequential: Callable[[Method, dict[str, Inputs], float, set[str]], dict[str, Tensor]] | None
     results: Results
     reference: bool = False
     deadline: float = float("inf")
@@ -86,31 +88,41 @@ class Experiment:
 
     def _cells(self, weight_method: WeightMethod, methods: Sequence[Method], shift: int) -> None:
         start = time.perf_counter()
-        inputs: dict[str, Inputs] = {}
-        if weight_method.calibrated or weight_method.ordered:
-            if weight_method.data not in self.inputs:
-                self._restore()
-                self.inputs[weight_method.data] = self.calibrate(weight_method.data)
-            inputs = self.inputs[weight_method.data]
-        weights = quantized_weights(self.layers, self.groups, weight_method, inputs, SHIFTS[shift])
-        error = weight_error(self.layers, weights)
+        inputs = self._inputs(weight_method)
+        weights: dict[str, Tensor] = {}
+        if not weight_method.sequential:
+            weights = quantized_weights(self.layers, self.groups, weight_method, inputs, SHIFTS[shift])
         for method in sorted(methods, key=lambda m: m.keep):
-            quantize_inputs(self.layers, method, inputs, SHIFTS[shift], reference=self.reference)
             kept = set(self.kept(method)) if method.keep else {n for n in self.layers if n.endswith(method.high)} if method.high else set()
+            if weight_method.sequential:
+                assert self.sequential is not None
+                weights = self.sequential(method, inputs, SHIFTS[shift], kept)
+            quantize_inputs(self.layers, method, inputs, SHIFTS[shift], reference=self.reference)
             for name, layer in self.layers.items():
                 layer.weight = weights[name]
                 if name in kept:
                     layer.restore()
-            row = self.results.data["rows"].setdefault(method.name, {"shifts": {}})
-            row |= {"weight_error": error, "extra_k": extra_k(self.layers, inputs, method.outliers), "kept": sorted(kept)}
-            row["kept_flops"] = sum(self.layers[n].exact.weight.numel() for n in kept) / sum(
-                layer.exact.weight.numel() for layer in self.layers.values()
-            )
-            row["shifts"][str(shift)] = self.score()
-            self.results.save()
-            print(f"{method.name}, shift {shift}: {_short(row['shifts'][str(shift)], self.results.data['base'])}, "
-                  f"{time.perf_counter() - start:.1f} s", flush=True)  # fmt: skip
+            scores = self.score()
+            self._add(method, shift, scores, kept, weight_error(self.layers, weights), extra_k(self.layers, inputs, method.outliers))
+            seconds = time.perf_counter() - start
+            print(f"{method.name}, shift {shift}: {_short(scores, self.results.data['base'])}, {seconds:.1f} s", flush=True)
             start = time.perf_counter()
+
+    def _inputs(self, weight_method: WeightMethod) -> dict[str, Inputs]:
+        if not (weight_method.calibrated or weight_method.ordered):
+            return {}
+        if weight_method.data not in self.inputs:
+            self._restore()
+            self.inputs[weight_method.data] = self.calibrate(weight_method.data)
+        return self.inputs[weight_method.data]
+
+    def _add(self, method: Method, shift: int, scores: Scores, kept: set[str], error: float, longer: float) -> None:
+        sizes = {name: layer.exact.weight.numel() for name, layer in self.layers.items()}
+        share = sum(sizes[name] for name in kept) / sum(sizes.values())
+        row = self.results.data["rows"].setdefault(method.name, {"shifts": {}})
+        row |= {"weight_error": error, "extra_k": longer, "kept": sorted(kept), "kept_flops": share}
+        row["shifts"][str(shift)] = scores
+        self.results.save()
 
 
 def _short(scores: Scores, base: Scores) -> str:

@@ -31,6 +31,7 @@ from accuracy_layers import collect, install  # noqa: E402
 from accuracy_methods import ROWS, Method  # noqa: E402
 from accuracy_model import load_packed  # noqa: E402
 from accuracy_run import Experiment, Results, Scores  # noqa: E402
+from accuracy_sequential import sequential_weights  # noqa: E402
 
 import fp4compile  # noqa: E402
 
@@ -118,7 +119,9 @@ def main() -> None:
     print(f"{time.monotonic() - started:.0f} s to begin with", flush=True)
     rows = wanted_rows(args.only)
     slow = [row for row in rows if row.keep or "gptq" in row.weight.calibrated]
-    done = experiment.run([row for row in rows if row not in slow], args.shifts) and experiment.run(slow, args.shifts)
+    last = [row for row in slow if row.weight.sequential]
+    parts = ([row for row in rows if row not in slow], [row for row in slow if row not in last], last)
+    done = all(experiment.run(part, args.shifts) for part in parts)
     print("all is done" if done else "to be continued: run the same command again", f"{time.monotonic() - started:.0f} s", flush=True)
 
 
@@ -145,6 +148,9 @@ def prepare(plain: Any, tokens: dict[str, Tensor], args: argparse.Namespace) -> 
             layers, lambda: run_over(model, chosen_on if data == "text" else random_like(chosen_on), args.batch)
         ),
         kept=keeping(lambda: sensitivity(plain, chosen_on[:: max(len(chosen_on) // args.sensitivity_windows, 1)], args)),
+        sequential=lambda method, inputs, shift, kept: sequential_weights(
+            model, layers, groups, method, inputs, chosen_on.split(args.batch), shift, kept=kept
+        ),
         results=Results(args.work / "smollm2.json", settings, args.out),
         reference=args.reference,
     )
