@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -119,10 +119,17 @@ def _result(watch: Watch, model: Callable[..., Any], weights: Mapping[str, Weigh
         entries=tuple(sums.statistics(sites) for sites, sums in watch.sums.items()),
         weights={**weights, **watch.parameters},
         operands=dict(watch.operands),
-        unreached=tuple(name for name, print_ in weights.items() if len(print_.shape) > 1 and name not in watch.reached),
+        unreached=_unreached(model, watch.reached),
         batches=batches,
         name=name,
     )
+
+
+def _unreached(model: Callable[..., Any], reached: Collection[str]) -> tuple[str, ...]:
+    """Weight matrices that no matmul read, under any of their names."""
+    named = list(model.named_parameters(remove_duplicate=False)) if isinstance(model, nn.Module) else []
+    found = {id(parameter) for name, parameter in named if name in reached}
+    return tuple(name for name, parameter in named if parameter.ndim > 1 and id(parameter) not in found)
 
 
 def _weights_of(model: Callable[..., Any]) -> dict[str, WeightPrint]:

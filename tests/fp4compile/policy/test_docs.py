@@ -45,7 +45,7 @@ def test_examples_load_and_decide_a_llama(example):
         *TRAITS,
         *preset_names(),
         *(f.name for f in fields(OperandTable)),
-        "version extends description name unmatched reason optional origin",
+        "version extends description name unmatched calibration calibration_digest reason optional origin",
     ],
 )
 def test_every_key_and_name_is_on_the_page(name):
