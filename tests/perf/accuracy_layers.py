@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
+from accuracy_gptq import gptq_together
 from accuracy_methods import OUTLIERS, Method, WeightMethod
 from torch import Tensor, nn
 
@@ -20,7 +21,6 @@ from fp4compile.codegen.calibrated import quantize_for_inputs
 from fp4compile.codegen.formats import QuantConfig, round_up
 from fp4compile.codegen.ops import QUANTIZE, quantize_args
 from fp4compile.codegen.reference.block import dequantize_ref, quantize_ref
-from fp4compile.codegen.reference.gptq import gptq_ref
 from fp4compile.codegen.reference.residual import quantize_residual_ref
 
 SHIFTS: Final = tuple(2.0 ** (i / 5) for i in range(5))  # an octave of them: e4m3 scales repeat after one
@@ -108,44 +108,71 @@ def quantized_weights(
     layers: dict[str, QuantizedLinear], groups: Sequence[Sequence[str]], method: WeightMethod, inputs: dict[str, Inputs], shift: float
 ) -> dict[str, Tensor]:
     """The values of all weights. `groups` are layers that read one input: GPTQ goes through their columns together."""
-    found: dict[str, Tensor] = {}
+    wholes = []
     for group in groups:
-        weights, own = [layers[name].exact.weight for name in group], inputs.get(group[0])
-        values = quantize_group(weights, own.moments if own and method.calibrated else None, own, method, shift)
-        found |= dict(zip(group, values, strict=True))
-    return found
+        own = inputs.get(group[0])
+        moments = own.moments if own and method.calibrated else None
+        wholes.append(Whole.of([layers[name].exact.weight for name in group], moments, own, method, shift))
+    values = rounded(wholes, method)
+    return {name: each for group, found in zip(groups, values, strict=True) for name, each in zip(group, found, strict=True)}
 
 
-def quantize_group(
-    weights: list[Tensor], moments: Tensor | None, inputs: Inputs | None, method: WeightMethod, shift: float
-) -> list[Tensor]:
-    """Values of weights (N, K) that read one input. `inputs` says the order of channels where `method` has one."""
-    if not method.ordered:
-        return _together(weights, moments, method, shift)
-    assert inputs is not None
-    order = inputs.order
-    values = _together([w[:, order] for w in weights], None if moments is None else moments[order][:, order], method, shift)
-    return [each[:, order.argsort()] for each in values]
+@dataclass(frozen=True, kw_only=True)
+class Whole:
+    """Weights (N, K) that read one input, in the order of channels that the method has, with scales chosen."""
+
+    weights: list[Tensor]  # each with the row that shifts its grid
+    packed: list[tuple[Tensor, Tensor, Tensor]]
+    moments: Tensor | None
+    back: Tensor | None
+
+    @classmethod
+    def of(cls, weights: list[Tensor], moments: Tensor | None, inputs: Inputs | None, method: WeightMethod, shift: float) -> Whole:
+        order = None
+        if method.ordered:
+            assert inputs is not None
+            order = inputs.order
+            weights, moments = [w[:, order] for w in weights], None if moments is None else moments[order][:, order]
+        weights = [_shifted(w, shift) for w in weights]
+        if "local_hessian" in method.calibrated:
+            assert moments is not None
+            found = [quantize_for_inputs(w, moments, method.config, method="local_hessian") for w in weights]
+            packed = [(q.codes, q.scales, q.global_scale) for q in found]
+        else:
+            packed = [QUANTIZE(w, -1, *quantize_args(method.config), None) for w in weights]
+        return cls(weights=weights, packed=packed, moments=moments, back=None if order is None else order.argsort())
+
+    def parts(self, values: Tensor) -> list[Tensor]:
+        """Of all rows together, each weight's, channels in their own order."""
+        found = [part[:-1] for part in values.split([len(w) for w in self.weights])]
+        return found if self.back is None else [part[:, self.back] for part in found]
+
+    @property
+    def rows(self) -> Tensor:
+        return torch.cat(self.weights)
+
+    @property
+    def scales(self) -> Tensor:
+        return torch.cat([p[1].view(torch.uint8) for p in self.packed])
+
+    @property
+    def decode(self) -> Tensor:
+        return torch.cat([p[2].expand(len(p[0])) for p in self.packed])
 
 
-def _together(weights: list[Tensor], moments: Tensor | None, method: WeightMethod, shift: float) -> list[Tensor]:
-    k, config = weights[0].shape[1], method.config
-    if not method.calibrated:
-        return [dequantize_ref(*QUANTIZE(_shifted(w, shift), -1, *quantize_args(config), None))[: len(w), :k] for w in weights]
-    assert moments is not None
-    if method.calibrated == "gptq":
-        packed = [QUANTIZE(_shifted(w, shift), -1, *quantize_args(config), None) for w in weights]
-    else:
-        found = [quantize_for_inputs(_shifted(w, shift), moments, config, method="local_hessian") for w in weights]
-        packed = [(q.codes, q.scales, q.global_scale) for q in found]
-    if method.calibrated != "local_hessian":
-        scales = torch.cat([p[1].view(torch.uint8) for p in packed]).view(packed[0][1].dtype)
-        decode = torch.cat([p[2].expand(len(p[0])) for p in packed])
-        codes = torch.cat([p[0] for p in packed])
-        all_rows = torch.cat([_shifted(w, shift) for w in weights])
-        values = dequantize_ref(*gptq_ref(all_rows, moments, config, quantized=(codes, scales, decode)))
-        return [each[:-1, :k] for each in values.split([len(w) + 1 for w in weights])]
-    return [dequantize_ref(*p)[:-1, :k] for p in packed]
+def rounded(wholes: Sequence[Whole], method: WeightMethod) -> list[list[Tensor]]:
+    """Values of the weights of each; by GPTQ those of equal shapes together."""
+    if "gptq" not in method.calibrated:
+        return [whole.parts(torch.cat([dequantize_ref(*p) for p in whole.packed])) for whole in wholes]
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for i, whole in enumerate(wholes):
+        alike.setdefault((*whole.rows.shape, len(whole.weights)), []).append(i)
+    found: dict[int, list[Tensor]] = {}
+    for own in alike.values():
+        stacked = [torch.stack([getattr(wholes[i], what) for i in own]) for what in ("rows", "moments", "scales", "decode")]
+        for i, values in zip(own, gptq_together(*stacked, method.config), strict=True):
+            found[i] = wholes[i].parts(values)
+    return [found[i] for i in range(len(wholes))]
 
 
 def quantize_inputs(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import torch
-from accuracy_layers import Inputs, QuantizedLinear, quantize_group, quantize_inputs
+from accuracy_layers import Inputs, QuantizedLinear, Whole, quantize_inputs, rounded
 from accuracy_methods import Method
 from torch import Tensor
 
@@ -51,7 +51,8 @@ def sequential_weights(
             if quantized:
                 moments, across = _moments(block, own[quantized[0]], seen[group[0]], current, call)
                 targets = [_fitted(own[name].exact.weight, moments, across) for name in quantized]
-                found |= dict(zip(quantized, quantize_group(targets, moments, inputs[group[0]], method.weight, shift), strict=True))
+                whole = Whole.of(targets, moments, inputs[group[0]], method.weight, shift)
+                found |= dict(zip(quantized, rounded([whole], method.weight)[0], strict=True))
                 for name in quantized:
                     own[name].weight = found[name]
         current = [call(block, h) for h in current]
