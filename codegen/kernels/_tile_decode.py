@@ -84,6 +84,31 @@ def decode_pair(word, NIBBLE: tl.constexpr, FP16: tl.constexpr):
 
 
 @triton.jit
+def tiled_pair(first, second, PAIR: tl.constexpr, FP16: tl.constexpr):
+    """Codes 2 PAIR and 2 PAIR + 1 of the 16 in two words of a tiled weight (see `reference/tiled_words.py`), scaled as by `decode_pair`."""
+    if PAIR == 0 or PAIR == 2 or PAIR == 5:
+        word = first
+    elif PAIR == 1 or PAIR == 3 or PAIR == 6:
+        word = second
+    else:
+        word = (first & 0x06030603) | (second & ~0x06030603)
+    if FP16:
+        return (_turn(word, 2 * PAIR) & -0x7FFF8000) | (_turn(word, 2 * PAIR + 3) & 0x0E000E00)
+    else:
+        return _turn(word, 2 * PAIR) & -0x7E3F7E40
+
+
+@triton.jit
+def _turn(word, LEFT: tl.constexpr):
+    if LEFT == 0:
+        return word
+    elif LEFT <= 6:
+        return word << LEFT  # what a turn brings in from above is masked out
+    else:
+        return (word << LEFT) | (word.to(tl.uint32, bitcast=True) >> (32 - LEFT)).to(tl.int32, bitcast=True)
+
+
+@triton.jit
 def decode_scales(two, FP16: tl.constexpr, PTX: tl.constexpr):
     """The e4m3 bytes of `two` (the upper half is ignored) as two pairs of equal halves, times 2^7 in float16 or 2^118 in bfloat16.
 

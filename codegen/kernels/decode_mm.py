@@ -1,4 +1,6 @@
-"""Host side of the products of half-precision rows and one NVFP4 weight, on sm_80 to sm_90: which kernel and tile a shape gets, launches.
+"""Host side of the products of half-precision rows and one NVFP4 weight: which kernel and tile a shape gets, launches.
+
+On sm_80 and sm_90 rows are as many as one likes; elsewhere, Blackwell included, only what needs no shared memory is served: a few rows.
 
 The weight is plain, codes (N, Kp/2) and scales (N, Kp/16), or tiled, which costs the same bytes and reads faster: a warp then loads 512
 consecutive bytes where the plain layout gives it 64 of each of 8 rows.
@@ -17,8 +19,8 @@ from torch import Tensor
 from fp4compile.codegen import tuning
 from fp4compile.codegen.errors import UnsupportedDtype
 from fp4compile.codegen.formats import Layout, round_up
-from fp4compile.codegen.kernels.launch_dequantize import on_device, tile_on_device
-from fp4compile.codegen.kernels.launch_hopper import HopperTile, choose_hopper_tile, multiply_hopper
+from fp4compile.codegen.kernels.hopper_tiles import HALF_TILES, HalfTile, HopperTile, RegisterTile, choose_register_tile, gluon_launcher
+from fp4compile.codegen.kernels.launch_dequantize import dequantize, dequantize_tiled, on_device, tile_on_device
 from fp4compile.codegen.kernels.narrow_decode_mm import narrow_decode_mm_kernel
 from fp4compile.codegen.kernels.wide_decode_mm import pair_columns_kernel, wide_decode_mm_kernel
 from fp4compile.codegen.reference.layout import lay_out_ref
@@ -28,12 +30,15 @@ from fp4compile.codegen.tuning import TuningKey
 _MOST_ROWS: Final = 128  # of the wide kernel
 _MOST_TERMS: Final = 384  # rows that float32 rows may become; past that, float32 arithmetic itself costs no more
 _HALVES: Final = (torch.bfloat16, torch.float16)
+# Rows of x on sm_90 from which a weight is dequantized once, into memory: a tiled one, and one that would have to be tiled first.
+_DEQUANTIZED_FROM: Final = 1 << 30
+_PLAIN_DEQUANTIZED_FROM: Final = 256
 
 
 def supports(m: int, n: int, k: int, dtype: torch.dtype, capability: int) -> str | None:
     """None, or why `decode_mm` does not serve x (`m`, `k`) of `dtype` on a CUDA device of `capability` (10 * major + minor)."""
-    if not 80 <= capability < 100:
-        return f"the decode kernels are written for sm_80 to sm_90, this device is sm_{capability}"
+    if capability < 80:
+        return f"the decode kernels are written for sm_80 and later, this device is sm_{capability}"
     if dtype not in (*_HALVES, torch.float32):
         return f"x is {dtype}, the decode kernels take bfloat16, float16 and float32"
     rows = 3 * m if dtype is torch.float32 else m
@@ -41,7 +46,7 @@ def supports(m: int, n: int, k: int, dtype: torch.dtype, capability: int) -> str
     if most is not None and rows > most:
         return f"M={m} in {dtype} is more than the decode kernels are made for ({most} rows of 16 bits, float32 counts three times)"
     if rows > 8 and capability not in (80, 90):
-        return f"more than 8 rows need more shared memory than sm_{capability} has"
+        return f"more than 8 rows need more shared memory than sm_{capability} has, or another kernel"
     if m < 1 or n < 1 or k < 1:
         return f"the product {m}x{n}x{k} is empty"
     return None
@@ -83,13 +88,16 @@ class WideTile:
         }  # fmt: skip
 
 
+_ONE_ROW: Final = NarrowTile(row_tiles=2, warps_r=2, warps_k=2)
+
+
 def tile_weight(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     """A plain weight in the tiled layout, on any device."""
     return lay_out_ref(codes, scales, Layout.TILED)
 
 
-DecodeTile = NarrowTile | WideTile | HopperTile
-KINDS: Final = (NarrowTile, WideTile, HopperTile)
+DecodeTile = NarrowTile | WideTile | RegisterTile | HopperTile | HalfTile
+KINDS: Final = (NarrowTile, WideTile, RegisterTile, HopperTile, HalfTile)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,15 +172,23 @@ def _launch(
     padded_k = codes.shape[1] * (128 if tiled else 2)
     if tile is None:
         tile = _tile_for(x, n, padded_k, tiled)
-    if not tiled and (isinstance(tile, HopperTile) or codes.shape[1] % 16):
+    out = x.new_empty((x.shape[0], n), dtype=out_dtype)
+    if isinstance(tile, HalfTile):
+        with on_device(x):
+            values = dequantize_tiled(codes, scales, n, x.dtype) if tiled else dequantize(codes, scales, x.shape[1], x.dtype)
+            gluon_launcher("launch_half_hopper").multiply_halves_hopper(x, values, *epilogue.arguments(), out, tile)
+        return out
+    if not tiled and (isinstance(tile, (HopperTile, RegisterTile)) or codes.shape[1] % 16):
         codes, scales = tile_on_device(codes, scales)  # a copy: TMA wants tiles, the others rows aligned to what a lane loads
         tiled, padded_k = True, codes.shape[1] * 128
     if not (codes.is_contiguous() and scales.is_contiguous()):
         codes, scales = codes.contiguous(), scales.contiguous()
-    out = x.new_empty((x.shape[0], n), dtype=out_dtype)
     with on_device(x):
         if isinstance(tile, HopperTile):
-            multiply_hopper(x, codes, scales, *epilogue.arguments(), out, tile)
+            gluon_launcher("launch_hopper").multiply_hopper(x, codes, scales, *epilogue.arguments(), out, tile)
+            return out
+        if isinstance(tile, RegisterTile):
+            gluon_launcher("launch_register").multiply_register(x, codes, scales, *epilogue.arguments(), out, tile)
             return out
         launch = _launch_narrow if isinstance(tile, NarrowTile) else _launch_wide
         options = tile.options(padded_k)
@@ -203,8 +219,9 @@ def _launch_wide(
     m, n = out.shape
     paired = x.new_empty((m, round_up(padded_k, 128 * tile.chunks)))
     pair_columns_kernel[(m, -(-paired.shape[1] // 1024))](
-        x, paired, x.shape[1], *x.stride(), paired.shape[1], PDL=options["PDL"], num_warps=4, enable_fp_fusion=False, **pdl
-    )
+        x, paired, x.shape[1], *x.stride(), paired.shape[1], TILED=options["TILED"], PDL=options["PDL"], num_warps=4,
+        enable_fp_fusion=False, **pdl,
+    )  # fmt: skip
     words, scale_words = codes.view(torch.int32), scales.view(torch.int32 if codes.ndim == 3 else torch.int16)
     wide_decode_mm_kernel[(-(-n // tile.block_n), -(-m // tile.block_m))](
         paired, words, scale_words, *epilogue.arguments(), out, m, n, padded_k, words.stride(0), scale_words.stride(0), paired.shape[1],
@@ -236,10 +253,11 @@ def choose_tile(m: int, n: int, padded_k: int, tiled: bool, capability: int = 90
     The cuts are those of sweeps over 28672x8192, 14336x4096 and 4096x4096 on an H100 80GB HBM3 (2026-11-22, Triton 3.6).
     """
     few, many = n <= 62 * processors, n >= 155 * processors
-    if m <= 8 or (m <= 16 and (few or capability == 90)):
-        return _choose_narrow(m, few, many, padded_k, tiled)
+    if m <= 8 or (m <= 16 and few):
+        return _choose_narrow(m, few, many, padded_k, tiled, capability >= 100)
     if capability == 90:
-        return choose_hopper_tile(m, n, padded_k, processors)
+        dequantized = m >= (_DEQUANTIZED_FROM if tiled else _PLAIN_DEQUANTIZED_FROM)
+        return HALF_TILES[0] if dequantized else choose_register_tile(m, n, padded_k, processors)
     if m <= 32:
         block_m = 16 if m <= 16 else 32
         if few or (m <= 16 and not many):
@@ -252,13 +270,16 @@ def choose_tile(m: int, n: int, padded_k: int, tiled: bool, capability: int = 90
     return WideTile(block_n=128, block_m=128, chunks=1, stages=3, warps=8)
 
 
-def _choose_narrow(m: int, few: bool, many: bool, padded_k: int, tiled: bool) -> NarrowTile:
+def _choose_narrow(m: int, few: bool, many: bool, padded_k: int, tiled: bool, blackwell: bool) -> NarrowTile:
+    """On Blackwell two steps spill, and so do eight warps along k."""
     long = padded_k >= 1024  # else half of eight warps would find no k
     columns = 1 if m <= 8 else 2
-    if few:
+    if few and not blackwell:
         return NarrowTile(steps=2 if m == 1 and long else 1, column_tiles=columns, warps_k=8 if long else 4)
     if m > 8:
         return NarrowTile(row_tiles=2, column_tiles=2, warps_r=2 if many else 1, warps_k=2 if many else 4)
     if m > 1 and not tiled:
         return NarrowTile(row_tiles=1 if many and m <= 4 else 2, warps_r=2 if many else 1, warps_k=2 if many else 4)
-    return NarrowTile(row_tiles=2 if tiled and (m == 1 or many) else 1, warps_k=4)
+    if m == 1 and many:
+        return _ONE_ROW
+    return NarrowTile(row_tiles=2 if tiled and many else 1, warps_k=4)

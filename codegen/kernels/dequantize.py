@@ -54,14 +54,47 @@ def tile_weight_kernel(
     present = tile * 16 + row < rows
     tile_out = (batch * tl.cdiv(rows, 16) + tile) * chunks
 
-    pair = first * 64 + tl.arange(0, BLOCK_C * 64)[None, :]
-    at = batch * codes_stride_b + (tile * 16 + row) * codes_stride_r + pair.to(tl.int64) * codes_stride_k
-    codes = tl.load(codes_ptr + at, mask=present & (pair < half_k), other=0)
-    to = tile_out * 1024 + pair // 64 * 1024 + row * 64 + pair % 64
-    tl.store(tiled_codes_ptr + to, codes, mask=(row >= 0) & (pair < chunks * 64))
+    block = first * 8 + tl.arange(0, BLOCK_C * 8)[None, :]
+    at = codes_ptr + batch * codes_stride_b + (tile * 16 + row) * codes_stride_r + 8 * block.to(tl.int64) * codes_stride_k
+    word_0 = _load_word(at, codes_stride_k, present, half_k - 8 * block)
+    word_1 = _load_word(at + 4 * codes_stride_k, codes_stride_k, present, half_k - 8 * block - 4)
+    word_0, word_1 = _permute_words(word_0, word_1)
+    to = tiled_codes_ptr.to(tl.pointer_type(tl.int32)) + tile_out * 256 + block // 8 * 256 + row * 16 + block % 8 * 2
+    inside = (row >= 0) & (block < chunks * 8)
+    tl.store(to, word_0, mask=inside)
+    tl.store(to + 1, word_1, mask=inside)
 
     group = first * 8 + tl.arange(0, BLOCK_C * 8)[None, :]
     at = batch * scales_stride_b + (tile * 16 + row) * scales_stride_r + group.to(tl.int64) * scales_stride_k
     scales = tl.load(scales_ptr + at, mask=present & (group < blocks), other=0)
     to = tile_out * 128 + group // 8 * 128 + row % 8 * 16 + row // 8 * 2 + group % 8 // 2 * 4 + group % 2
     tl.store(tiled_scales_ptr + to, scales, mask=(row >= 0) & (group < chunks * 8))
+
+
+@triton.jit
+def _load_word(at, stride, present, left):
+    """Four bytes, `stride` apart, as a little-endian word; zero from byte `left` on."""
+    word = tl.zeros(at.shape, tl.int32)
+    for i in tl.static_range(4):
+        word |= tl.load(at + i * stride, mask=present & (i < left), other=0).to(tl.int32) << (8 * i)
+    return word
+
+
+@triton.jit
+def _permute_words(word_0, word_1):
+    """See `reference/tiled_words.py`."""
+    first, second = tl.zeros_like(word_0), tl.zeros_like(word_0)
+    for pair in tl.static_range(8):
+        both = (word_0 if pair < 4 else word_1) >> (8 * (pair % 4))
+        spread = ((both & 0x7) << 6) | ((both & 0x8) << 12) | ((both & 0x70) << 18) | ((both & 0x80) << 24)
+        if pair > 0:
+            low = (spread.to(tl.uint32, bitcast=True) >> (2 * pair)).to(tl.int32, bitcast=True)
+            spread = low | (spread << (32 - 2 * pair))
+        if pair == 0 or pair == 2 or pair == 5:
+            first |= spread
+        elif pair == 1 or pair == 3 or pair == 6:
+            second |= spread
+        else:
+            first |= spread & 0x06030603
+            second |= spread & ~0x06030603
+    return first, second

@@ -34,7 +34,7 @@ else:
         return weight._reinterpret(weight.dtype, [2 * weight.shape[0], weight.shape[1], STEP], weight.layout)
 
 
-_decode_pair = gluon.jit(_tile_decode.decode_pair.fn)
+_tiled_pair = gluon.jit(_tile_decode.tiled_pair.fn)
 _nan_flags = gluon.jit(_tile_decode.nan_flags.fn)
 
 
@@ -55,10 +55,10 @@ def hopper_mm_kernel(
     W_LAYOUT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16)
     TILES: gl.constexpr = BLOCK_N // 16
     if row_tiles_ptr is None:
-        m_tile, n_tile = _output_tile(gl.cdiv(m, BLOCK_M), n, BLOCK_N, BAND)
-        row, end, group = m_tile * BLOCK_M, m, 0
+        row, column = tile_at(gl.program_id(0), m, n, BLOCK_M, BLOCK_N, BAND)
+        end, group = m, 0
     else:
-        m_tile, n_tile = _output_tile(m, n, BLOCK_N, BAND)
+        m_tile, column = tile_at(gl.program_id(0), m, n, 1, BLOCK_N, BAND)
         row = gl.load(row_tiles_ptr + 3 * m_tile)
         end = gl.load(row_tiles_ptr + 3 * m_tile + 1)
         group = gl.load(row_tiles_ptr + 3 * m_tile + 2)
@@ -66,7 +66,7 @@ def hopper_mm_kernel(
             return
         if b_global_ptr is not None:
             b_global_ptr += group * b_group_stride
-    tile = group * tiles_a_group + n_tile * TILES
+    tile = group * tiles_a_group + column // 16
     first = gl.program_id(1) * chunks_a_split
     count = gl.minimum(chunks - first, chunks_a_split)
 
@@ -74,16 +74,16 @@ def hopper_mm_kernel(
     w_shared = gl.allocate_shared_memory(HALF, [W_STAGES, BLOCK_N, CHUNK], W_LAYOUT)
     codes_shared = gl.allocate_shared_memory(gl.int32, [CODE_STAGES, TILES, 8, 32], codes_desc.layout)
     scales_shared = gl.allocate_shared_memory(gl.int32, [CODE_STAGES, TILES, 1, 32], scales_desc.layout)
-    x_ready = _barriers(X_STAGES)
-    codes_ready = _barriers(CODE_STAGES)
-    w_ready = _barriers(W_STAGES)
-    w_free = _barriers(W_STAGES)
+    x_ready = _barriers(X_STAGES, 1)
+    codes_ready = _barriers(CODE_STAGES, 1)
+    w_ready = _barriers(W_STAGES, 1)
+    w_free = _barriers(W_STAGES, 1)
     gl.warp_specialize(
         [
             (_multiply, (
                 x_desc, codes_desc, scales_desc, x_shared, codes_shared, scales_shared, w_shared, x_ready, codes_ready, w_ready, w_free,
                 first, count, a_global_ptr, b_global_ptr, bias_ptr, out_ptr + gl.program_id(1).to(gl.int64) * split_stride,
-                end, n, row, n_tile * BLOCK_N, tile, a_global_stride, b_global_stride, FP16,
+                end, n, row, column, tile, a_global_stride, b_global_stride, FP16,
             )),
             (_decode_all, (codes_shared, scales_shared, w_shared, codes_ready, w_ready, w_free, count, PARTS)),
         ],
@@ -93,22 +93,21 @@ def hopper_mm_kernel(
 
 
 @gluon.jit
-def _barriers(STAGES: gl.constexpr):
+def _barriers(STAGES: gl.constexpr, COUNT: gl.constexpr):
     barriers = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
-        mbarrier.init(barriers.index(stage), count=1)
+        mbarrier.init(barriers.index(stage), count=COUNT)
     return barriers
 
 
 @gluon.jit
-def _output_tile(m_tiles, n, BLOCK_N: gl.constexpr, BAND: gl.constexpr):
-    """(row tile, column tile): BAND row tiles share the weight's tiles in L2, and stay there themselves."""
-    pid = gl.program_id(0)
+def tile_at(index, m, n, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BAND: gl.constexpr):
+    """(first row, first column) of tile `index`: BAND row tiles share the tiles of the weight in L2, and stay there themselves."""
     n_tiles = gl.cdiv(n, BLOCK_N)
-    first = pid // (BAND * n_tiles) * BAND
-    height = gl.minimum(m_tiles - first, BAND)
-    inside = pid % (BAND * n_tiles)
-    return first + inside % height, inside // height
+    first = index // (BAND * n_tiles) * BAND
+    height = gl.minimum(gl.cdiv(m, BLOCK_M) - first, BAND)
+    inside = index % (BAND * n_tiles)
+    return (first + inside % height) * BLOCK_M, inside // height * BLOCK_N
 
 
 @gluon.jit
@@ -219,21 +218,49 @@ def _decode(codes, scales, HALF: gl.constexpr):
     """[16 tiles, 128] in HALF, in the order of k."""
     FP16: gl.constexpr = gl.float16 == HALF
     TILES: gl.constexpr = codes.shape[0]
-    words = gl.reshape(codes, [16 * TILES, 16])
+    first, second = gl.split(gl.reshape(codes, [16 * TILES, 8, 2]))
     both = gl.reshape(scales, [TILES, 8, 4])
-    scale = gl.permute(gl.join(_by_word(both, FP16), _by_word(both >> 16, FP16)), (0, 5, 1, 2, 3, 4))
-    scale = gl.convert_layout(gl.reshape(scale, words.shape), words.type.layout, assert_trivial=True)
-    n0 = _halves(_multiply_pairs(_decode_pair(words, 0, FP16), scale, FP16))
-    n1 = _halves(_multiply_pairs(_decode_pair(words, 1, FP16), scale, FP16))
-    n2 = _halves(_multiply_pairs(_decode_pair(words, 2, FP16), scale, FP16))
-    n3 = _halves(_multiply_pairs(_decode_pair(words, 3, FP16), scale, FP16))
-    every = gl.join(gl.join(n0, n2), gl.join(n1, n3))  # [rows, words, half of the word, bits 1 and 0 of the nibble in it]
+    scale = gl.permute(gl.join(_by_block(both, FP16), _by_block(both >> 16, FP16)), (0, 4, 1, 2, 3))
+    scale = gl.convert_layout(gl.reshape(scale, first.shape), first.type.layout, assert_trivial=True)
+    every = _block_pairs(first, second, scale, FP16)
+    every = gl.join(every.to(gl.int16), (every >> 16).to(gl.int16))  # [rows, blocks, bits 2 to 0 of the pair, half of the pair]
     return gl.reshape(every, [16 * TILES, 128]).to(HALF, bitcast=True)
 
 
 @gluon.jit
-def _by_word(two, FP16: gl.constexpr):
-    """[tiles, g, t, 2, 2]: pairs of the scale of each word, from the two low bytes of `two`; NaN stays NaN. See `decode_scales`."""
+def decode_half_chunk(codes, scales, SECOND: gl.constexpr, HALF: gl.constexpr):
+    """[16 tiles, 64] in HALF: the first or the SECOND block of each lane t, in the order of `pair_columns_kernel`."""
+    FP16: gl.constexpr = gl.float16 == HALF
+    TILES: gl.constexpr = codes.shape[0]
+    even, odd = gl.split(gl.reshape(codes, [16 * TILES, 4, 2, 2]))  # [rows, t, block]
+    first = gl.split(even)[SECOND]
+    second = gl.split(odd)[SECOND]
+    both = gl.reshape(scales, [TILES, 8, 4])
+    top, bottom = gl.split(_by_block(both, FP16))[SECOND], gl.split(_by_block(both >> 16, FP16))[SECOND]
+    scale = gl.reshape(gl.permute(gl.join(top, bottom), (0, 3, 1, 2)), first.shape)
+    scale = gl.convert_layout(scale, first.type.layout, assert_trivial=True)
+    every = _block_pairs(first, second, scale, FP16)
+    every = gl.join(every.to(gl.int16), (every >> 16).to(gl.int16))  # [rows, t, bits 2 to 0 of the pair, half of the pair]
+    return gl.reshape(gl.permute(every, (0, 2, 3, 4, 1, 5)), [16 * TILES, 64]).to(HALF, bitcast=True)
+
+
+@gluon.jit
+def _block_pairs(first, second, scale, FP16: gl.constexpr):
+    """[..., 2, 2, 2]: the eight pairs of each two words of a block, times their `scale`."""
+    p0 = _multiply_pairs(_tiled_pair(first, second, 0, FP16), scale, FP16)
+    p1 = _multiply_pairs(_tiled_pair(first, second, 1, FP16), scale, FP16)
+    p2 = _multiply_pairs(_tiled_pair(first, second, 2, FP16), scale, FP16)
+    p3 = _multiply_pairs(_tiled_pair(first, second, 3, FP16), scale, FP16)
+    p4 = _multiply_pairs(_tiled_pair(first, second, 4, FP16), scale, FP16)
+    p5 = _multiply_pairs(_tiled_pair(first, second, 5, FP16), scale, FP16)
+    p6 = _multiply_pairs(_tiled_pair(first, second, 6, FP16), scale, FP16)
+    p7 = _multiply_pairs(_tiled_pair(first, second, 7, FP16), scale, FP16)
+    return gl.join(gl.join(gl.join(p0, p4), gl.join(p2, p6)), gl.join(gl.join(p1, p5), gl.join(p3, p7)))
+
+
+@gluon.jit
+def _by_block(two, FP16: gl.constexpr):
+    """[tiles, g, t, 2]: pairs of the scale of each block, the two low bytes of `two`; NaN stays NaN. See `decode_scales`."""
     spread = (two & 0x00FF) | ((two << 8) & 0x00FF0000)
     LEFT: gl.constexpr = 7 if FP16 else 4
     MAGNITUDE: gl.constexpr = 0x3F803F80 if FP16 else 0x07F007F0
@@ -245,18 +272,13 @@ def _by_word(two, FP16: gl.constexpr):
     flags = _nan_flags(two)
     first = gl.where((flags & 0x80) != 0, 0x7FFF7FFF, (both & 0xFFFF) | (both << 16))
     second = gl.where((flags & 0x8000) != 0, 0x7FFF7FFF, (both & -0x10000) | ((both >> 16) & 0xFFFF))
-    return gl.permute(gl.join(gl.join(first, first), gl.join(second, second)), (0, 1, 2, 4, 3))
+    return gl.join(first, second)
 
 
 @gluon.jit
 def _multiply_pairs(a, b, FP16: gl.constexpr):
     ASM: gl.constexpr = "mul.rn.f16x2 $0, $1, $2;" if FP16 else "mul.rn.bf16x2 $0, $1, $2;"
     return gl.inline_asm_elementwise(ASM, "=r,r,r", [a, b], dtype=gl.int32, is_pure=True, pack=1)
-
-
-@gluon.jit
-def _halves(pair):
-    return gl.join(pair.to(gl.int16), (pair >> 16).to(gl.int16))
 
 
 @gluon.jit
@@ -295,3 +317,35 @@ def _finish(
         acc = acc + gl.load(bias_ptr + column, mask=column < n, other=0.0).to(gl.float32)[None, :]
     at = out_ptr + row.to(gl.int64)[:, None] * n + column[None, :]
     gl.store(at, acc.to(out_ptr.dtype.element_ty), mask=(row < end)[:, None] & (column < n)[None, :])
+
+
+@gluon.jit
+def store_transposed(
+    acc, a_global_ptr, b_global_ptr, bias_ptr, out_ptr, m, n, row, column, a_global_stride, b_global_stride, FP16: gl.constexpr
+):  # fmt: skip
+    """Epilogue of [rows of the weight from `column`, rows of x from `row`], by pieces, times the global scales, plus the bias."""
+    if acc.shape[1] > 16:
+        WIDTH: gl.constexpr = acc.shape[1] // 2
+        left, right = gl.split(gl.permute(gl.reshape(acc, [acc.shape[0], 2, WIDTH]), (0, 2, 1)))
+        store_transposed(left, a_global_ptr, b_global_ptr, bias_ptr, out_ptr, m, n, row, column, a_global_stride, b_global_stride, FP16)
+        store_transposed(
+            right, a_global_ptr, b_global_ptr, bias_ptr, out_ptr, m, n, row + WIDTH, column, a_global_stride, b_global_stride, FP16
+        )  # fmt: skip
+    else:
+        UNIT: gl.constexpr = 128.0 if FP16 else 256.0  # what decoding left out
+        LAYOUT: gl.constexpr = acc.type.layout
+        column += gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, LAYOUT))
+        row += gl.arange(0, acc.shape[1], layout=gl.SliceLayout(0, LAYOUT))
+        if a_global_ptr is not None:
+            scale = gl.load(a_global_ptr + row * a_global_stride, mask=row < m, other=0.0)[None, :]
+            if b_global_ptr is not None:
+                scale = scale * gl.load(b_global_ptr + column * b_global_stride, mask=column < n, other=0.0)[:, None]
+            acc = acc * (scale * UNIT)
+        elif b_global_ptr is not None:
+            acc = acc * (gl.load(b_global_ptr + column * b_global_stride, mask=column < n, other=0.0) * UNIT)[:, None]
+        else:
+            acc = acc * UNIT
+        if bias_ptr is not None:
+            acc = acc + gl.load(bias_ptr + column, mask=column < n, other=0.0).to(gl.float32)[:, None]
+        at = out_ptr + row.to(gl.int64)[None, :] * n + column[:, None]
+        gl.store(at, acc.to(out_ptr.dtype.element_ty), mask=(column < n)[:, None] & (row < m)[None, :])

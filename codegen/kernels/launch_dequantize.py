@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fp4compile.codegen.formats import round_up
 from fp4compile.codegen.kernels.dequantize import dequantize_kernel, tile_weight_kernel
+from fp4compile.codegen.kernels.dequantize_words import dequantize_plain_kernel, dequantize_tiled_kernel
 
 EXACT_IN_BFLOAT16: Final = (torch.float8_e4m3fn, torch.float8_e8m0fnu)  # dtypes of the block scales of formats that `dequantize` takes
 _HERE: Final = nullcontext()
@@ -27,6 +28,8 @@ def dequantize(codes: Tensor, scales: Tensor, k: int, dtype: torch.dtype) -> Ten
 
     `dtype` is bfloat16, or float16 for NVFP4.
     """
+    if _has_whole_words(codes, scales, k):
+        return _dequantize_words(codes.flatten(0, -2), scales.flatten(0, -2), k, dtype).view(*scales.shape[:-1], k)
     codes, bytes_ = _stacked(codes), _stacked(scales.view(torch.uint8))
     batch, rows, _ = codes.shape
     out = codes.new_empty((batch, rows, round_up(k, 8)), dtype=dtype)
@@ -37,6 +40,39 @@ def dequantize(codes: Tensor, scales: Tensor, k: int, dtype: torch.dtype) -> Ten
             NVFP4=scales.dtype == torch.float8_e4m3fn, BLOCK_R=block_r, BLOCK_K=block_k, **_LAUNCH,
         )  # fmt: skip
     return out.view(*scales.shape[:-1], out.shape[2])
+
+
+def _has_whole_words(codes: Tensor, scales: Tensor, k: int) -> bool:
+    """Whether these are the rows of one NVFP4 matrix whose blocks are whole, eight aligned bytes each."""
+    one = codes.ndim == 2 or (codes.is_contiguous() and scales.is_contiguous())
+    aligned = codes.stride(-1) == 1 and codes.data_ptr() % 8 == 0 and (codes.shape[-2] == 1 or codes.stride(-2) % 8 == 0)
+    return one and aligned and k == 2 * codes.shape[-1] and scales.dtype == torch.float8_e4m3fn and codes.numel() > 0
+
+
+def _dequantize_words(codes: Tensor, scales: Tensor, k: int, dtype: torch.dtype) -> Tensor:
+    rows, blocks = scales.shape
+    out = codes.new_empty((rows, k), dtype=dtype)
+    words, bytes_ = codes.view(torch.int64), scales.view(torch.uint8)
+    if bytes_.stride(1) != 1:
+        bytes_ = bytes_.contiguous()
+    block_r, block_c = 4, 128
+    dequantize_plain_kernel[(-(-rows // block_r) * -(-blocks // block_c),)](
+        words, bytes_, out.view(torch.int32), rows, blocks, words.stride(0), bytes_.stride(0),
+        FP16=dtype is torch.float16, PTX=codes.is_cuda, BLOCK_R=block_r, BLOCK_C=block_c, **_LAUNCH,
+    )  # fmt: skip
+    return out
+
+
+def dequantize_tiled(codes: Tensor, scales: Tensor, n: int, dtype: torch.dtype) -> Tensor:
+    """(n, 128 C) in `dtype`, bfloat16 or float16: tiled NVFP4 codes (T, C, 1024), contiguous, times their block scales (T, C, 128)."""
+    _, chunks, _ = codes.shape
+    out = codes.new_empty((n, 128 * chunks), dtype=dtype)
+    block_c = 4
+    dequantize_tiled_kernel[(-(-n // 16) * -(-chunks // block_c),)](
+        codes.view(torch.int64), scales.view(torch.uint8), out.view(torch.int32), n, chunks, 8 * chunks,
+        FP16=dtype is torch.float16, PTX=codes.is_cuda, BLOCK_C=block_c, **_LAUNCH,
+    )  # fmt: skip
+    return out
 
 
 def tile_on_device(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fp4compile.codegen.errors import UnsupportedDtype
 from fp4compile.codegen.kernels.half_mm import half_mm_kernel
+from fp4compile.codegen.kernels.hopper_tiles import HALF_TILES, gluon_launcher
 from fp4compile.codegen.kernels.launch_dequantize import dequantize
 from fp4compile.codegen.kernels.scaled_grouped_mm import scaled_grouped_mm_kernel
 from fp4compile.codegen.kernels.scaled_mm import scaled_mm_kernel
@@ -86,6 +87,7 @@ _FLOAT32: Final = MatmulTile(block_m=64, block_n=64, block_k=32, num_warps=8, nu
 
 
 # Both operands in shared memory: 144, 96 and 48 KiB.
+_MANY_ROWS_HOPPER: Final = 256  # from which on the kernel of `launch_half_hopper` has tiles for all multiprocessors
 _HALVES_HOPPER: Final = MatmulTile(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=3)
 _HALVES_AMPERE: Final = MatmulTile(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3)
 _HALVES_SMALL: Final = MatmulTile(block_m=128, block_n=128, block_k=32, num_warps=8, num_stages=3)
@@ -111,6 +113,11 @@ def multiply(a: Operand, b: Operand, bias: Tensor | None, out: Tensor, k: int, c
 def _multiply_halves(a: Operand, b: Operand, bias: Tensor | None, out: Tensor, k: int, capability: int) -> None:
     """The same where both operands are halves. Dequantizing reads and writes them once; a product reads them for every tile."""
     batch, m, n = out.shape
+    if capability == 90 and batch == 1 and m >= _MANY_ROWS_HOPPER and (bias is None or bias.stride(1) == 0):
+        vector = None if bias is None else bias[0, 0].contiguous()
+        scales = [None if operand.global_scale is None else operand.global_scale[0] for operand in (a, b)]
+        gluon_launcher("launch_half_hopper").multiply_halves_hopper(a.data[0], b.data[0], *scales, vector, out[0], HALF_TILES[0])
+        return
     tile = _HALVES_HOPPER if capability == 90 else _HALVES_AMPERE if capability == 80 else _HALVES_SMALL
     half_mm_kernel[(batch * -(-m // tile.block_m) * -(-n // tile.block_n),)](
         a.data, a.global_scale, b.data, b.global_scale, bias, out, m, n, k,

@@ -1,4 +1,4 @@
-"""Products with NVFP4 weights on sm_80 to sm_90, of any rows: what they need is brought into the form that `decode_mm` takes.
+"""Products with NVFP4 weights that `decode_mm` serves: what they need is brought into the form that it takes.
 
 A quantized operand A is dequantized first, which is exact and small beside the product; its global scale goes to the epilogue.
 """
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fp4compile.codegen.formats import Layout
 from fp4compile.codegen.kernels.decode_mm import decode_mm, supports
+from fp4compile.codegen.kernels.hopper_tiles import choose_hopper_tile, gluon_launcher
 from fp4compile.codegen.kernels.launch_dequantize import EXACT_IN_BFLOAT16, dequantize, tile_on_device
-from fp4compile.codegen.kernels.launch_hopper import choose_hopper_tile, multiply_groups_hopper
 from fp4compile.codegen.reference.layout import rows_of
 from fp4compile.codegen.target import processors_of
 
@@ -23,7 +23,7 @@ def serves_weight(
     *, groups: bool = False,
 ) -> bool:  # fmt: skip
     """Whether `multiply_weight`, or with `groups` `multiply_expert_weights`, computes this product."""
-    if b_scales is None or b_scales.dtype != torch.float8_e4m3fn or not 80 <= capability < 100:
+    if b_scales is None or b_scales.dtype != torch.float8_e4m3fn or capability < 80:
         return False
     if layouts[0] != Layout.PLAIN or layouts[1] == Layout.SWIZZLED or (a_scales is not None and a_scales.dtype not in EXACT_IN_BFLOAT16):
         return False
@@ -67,7 +67,8 @@ def multiply_expert_weights(
     out = a.new_zeros((a.shape[0], n), dtype=out_dtype)
     tile = choose_hopper_tile(-(-a.shape[0] // codes.shape[0]), n * codes.shape[0], 128 * codes.shape[2], processors_of(a.device))
     b_global = None if b_global is None else b_global.contiguous()
-    multiply_groups_hopper(x, codes.contiguous(), scales.contiguous(), a_global, b_global, offs, out, tile)
+    launcher = gluon_launcher("launch_hopper")
+    launcher.multiply_groups_hopper(x, codes.contiguous(), scales.contiguous(), a_global, b_global, offs, out, tile)
     return out
 
 

@@ -21,6 +21,7 @@ from fp4compile.codegen.kernels._tile_decode import (
     mma,
     multiply_pairs,
     nan_flags,
+    tiled_pair,
 )  # fmt: skip
 
 
@@ -64,11 +65,11 @@ def narrow_decode_mm_kernel(
         scales_1 += TURN if TILED else TURN // 16
         later = (k + done < padded_k).to(tl.int32)
         n0, n1, n2, n3, o0, o1, o2, o3, new_scales = _load(codes_0, codes_1, scales_0, scales_1, later, TILED, MASKED, PTX)
-        d0, d1, d2, d3 = _turn(d0, d1, d2, d3, p0, p1, p2, p3, q0, q1, q2, q3, scales, x_at, present, False, FP16, PTX)
+        d0, d1, d2, d3 = _turn(d0, d1, d2, d3, p0, p1, p2, p3, q0, q1, q2, q3, scales, x_at, present, TILED, False, FP16, PTX)
         saw |= nan_flags(scales)
         x_at += TURN * 2
         p0, p1, p2, p3, q0, q1, q2, q3, scales, present = n0, n1, n2, n3, o0, o1, o2, o3, new_scales, later
-    d0, d1, d2, d3 = _turn(d0, d1, d2, d3, p0, p1, p2, p3, q0, q1, q2, q3, scales, x_at, present, MASKED, FP16, PTX)
+    d0, d1, d2, d3 = _turn(d0, d1, d2, d3, p0, p1, p2, p3, q0, q1, q2, q3, scales, x_at, present, TILED, MASKED, FP16, PTX)
     d0, d1, d2, d3 = _spread_nan(d0, d1, d2, d3, saw | nan_flags(scales), FP16, PTX)
     _store_all(
         d0, d1, d2, d3, a_global_ptr, b_global_ptr, bias_ptr, out_ptr, m, n, a_global_stride, b_global_stride,
@@ -110,31 +111,51 @@ def _load(codes_0, codes_1, scales_0, scales_1, present, TILED: tl.constexpr, MA
 @triton.jit
 def _turn(
     d0, d1, d2, d3, p0, p1, p2, p3, q0, q1, q2, q3, scales, x_at, present,
-    MASKED: tl.constexpr, FP16: tl.constexpr, PTX: tl.constexpr,
+    TILED: tl.constexpr, MASKED: tl.constexpr, FP16: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Accumulators plus the products of words p (row g) and q (row g + 8) under their scales with x at byte `x_at`."""
     p_first, p_second = decode_scales(scales, FP16, PTX)
     q_first, q_second = decode_scales(scales >> 16, FP16, PTX)
-    d0, d1, d2, d3 = _word(d0, d1, d2, d3, p0, q0, p_first, q_first, x_at, present, MASKED, FP16, PTX)
-    d0, d1, d2, d3 = _word(d0, d1, d2, d3, p1, q1, p_first, q_first, x_at + 16, present, MASKED, FP16, PTX)
-    d0, d1, d2, d3 = _word(d0, d1, d2, d3, p2, q2, p_second, q_second, x_at + 32, present, MASKED, FP16, PTX)
-    return _word(d0, d1, d2, d3, p3, q3, p_second, q_second, x_at + 48, present, MASKED, FP16, PTX)
+    d0, d1, d2, d3 = _block(d0, d1, d2, d3, p0, p1, q0, q1, p_first, q_first, x_at, present, TILED, MASKED, FP16, PTX)
+    return _block(d0, d1, d2, d3, p2, p3, q2, q3, p_second, q_second, x_at + 32, present, TILED, MASKED, FP16, PTX)
 
 
 @triton.jit
-def _word(d0, d1, d2, d3, p, q, p_scale, q_scale, x_at, present, MASKED: tl.constexpr, FP16: tl.constexpr, PTX: tl.constexpr):
-    """Eight codes of each row. The codes of a decoded pair are four apart, so x is paired alike."""
+def _block(
+    d0, d1, d2, d3, p0, p1, q0, q1, p_scale, q_scale, x_at, present,
+    TILED: tl.constexpr, MASKED: tl.constexpr, FP16: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """Sixteen codes of each row. The codes of a decoded pair are neighbours where TILED, else four apart; x is paired alike."""
     x0, x1, x2, x3 = load_words(x_at, present, MASKED, False, PTX)
-    a0 = multiply_pairs(decode_pair(p, 0, FP16), p_scale, FP16, PTX)
-    a1 = multiply_pairs(decode_pair(q, 0, FP16), q_scale, FP16, PTX)
-    a2 = multiply_pairs(decode_pair(p, 1, FP16), p_scale, FP16, PTX)
-    a3 = multiply_pairs(decode_pair(q, 1, FP16), q_scale, FP16, PTX)
-    d0, d1, d2, d3 = mma(d0, d1, d2, d3, a0, a1, a2, a3, low_halves(x0, x2), high_halves(x0, x2), FP16, PTX)
-    a0 = multiply_pairs(decode_pair(p, 2, FP16), p_scale, FP16, PTX)
-    a1 = multiply_pairs(decode_pair(q, 2, FP16), q_scale, FP16, PTX)
-    a2 = multiply_pairs(decode_pair(p, 3, FP16), p_scale, FP16, PTX)
-    a3 = multiply_pairs(decode_pair(q, 3, FP16), q_scale, FP16, PTX)
-    return mma(d0, d1, d2, d3, a0, a1, a2, a3, low_halves(x1, x3), high_halves(x1, x3), FP16, PTX)
+    x4, x5, x6, x7 = load_words(x_at + 16, present, MASKED, False, PTX)
+    if not TILED:
+        x0, x1, x2, x3 = low_halves(x0, x2), high_halves(x0, x2), low_halves(x1, x3), high_halves(x1, x3)
+        x4, x5, x6, x7 = low_halves(x4, x6), high_halves(x4, x6), low_halves(x5, x7), high_halves(x5, x7)
+    d0, d1, d2, d3 = _step(d0, d1, d2, d3, p0, p1, q0, q1, p_scale, q_scale, x0, x1, 0, TILED, FP16, PTX)
+    d0, d1, d2, d3 = _step(d0, d1, d2, d3, p0, p1, q0, q1, p_scale, q_scale, x2, x3, 2, TILED, FP16, PTX)
+    d0, d1, d2, d3 = _step(d0, d1, d2, d3, p0, p1, q0, q1, p_scale, q_scale, x4, x5, 4, TILED, FP16, PTX)
+    return _step(d0, d1, d2, d3, p0, p1, q0, q1, p_scale, q_scale, x6, x7, 6, TILED, FP16, PTX)
+
+
+@triton.jit
+def _step(
+    d0, d1, d2, d3, p0, p1, q0, q1, p_scale, q_scale, b0, b1,
+    PAIR: tl.constexpr, TILED: tl.constexpr, FP16: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """One MMA: pairs PAIR and PAIR + 1 of each row with `b0` and `b1`."""
+    a0 = multiply_pairs(_pair(p0, p1, PAIR, TILED, FP16), p_scale, FP16, PTX)
+    a1 = multiply_pairs(_pair(q0, q1, PAIR, TILED, FP16), q_scale, FP16, PTX)
+    a2 = multiply_pairs(_pair(p0, p1, PAIR + 1, TILED, FP16), p_scale, FP16, PTX)
+    a3 = multiply_pairs(_pair(q0, q1, PAIR + 1, TILED, FP16), q_scale, FP16, PTX)
+    return mma(d0, d1, d2, d3, a0, a1, a2, a3, b0, b1, FP16, PTX)
+
+
+@triton.jit
+def _pair(first, second, PAIR: tl.constexpr, TILED: tl.constexpr, FP16: tl.constexpr):
+    if TILED:
+        return tiled_pair(first, second, PAIR, FP16)
+    else:
+        return decode_pair(first if PAIR < 4 else second, PAIR % 4, FP16)
 
 
 @triton.jit

@@ -16,7 +16,7 @@ from fp4compile.codegen import tuning
 from fp4compile.codegen.formats import Layout, round_up
 from fp4compile.codegen.kernel_spec import KernelSpec
 from fp4compile.codegen.kernels.decode_mm import KINDS, DecodeTile, NarrowTile, WideTile, choose_tile, decode_mm, key_of, supports
-from fp4compile.codegen.kernels.launch_hopper import TILES
+from fp4compile.codegen.kernels.hopper_tiles import HALF_TILES, REGISTER_TILES, TILES
 from fp4compile.codegen.reference.layout import lay_out_ref, suits_tiles
 from fp4compile.codegen.target import processors_of
 from fp4compile.codegen.timing import QUICK, copies_for, microseconds
@@ -57,9 +57,12 @@ def candidates(m: int, padded_k: int, capability: int) -> Iterator[DecodeTile]:
     if 8 <= m <= 128 and capability == 80:  # on sm_90 it would leave a dot in flight with its left operand in registers
         yield from _wide(m)
     if m >= 8 and capability == 90:
-        for tile, splits in itertools.product(TILES, (1, 2, 4)):
-            if (tile.block_m <= 64 or m > tile.block_m // 2) and (splits == 1 or padded_k // splits >= 512):
+        for tile, splits in itertools.product((*REGISTER_TILES, *(TILES if m > 32 else ())), (1, 2, 4)):
+            suits = tile.block_m < max(2 * m, 17) and (m <= 4 * tile.block_m or tile.block_m >= 128)
+            if suits and (splits == 1 or padded_k // splits >= 512):
                 yield replace(tile, splits=splits)
+        if m >= 512:
+            yield from HALF_TILES
 
 
 def _narrow(m: int) -> Iterator[NarrowTile]:

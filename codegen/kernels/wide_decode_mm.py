@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fp4compile.codegen.kernels._tile_decode import decode_pair, decode_scales, finish, multiply_pairs, nan_flags
+from fp4compile.codegen.kernels._tile_decode import decode_pair, decode_scales, finish, multiply_pairs, nan_flags, tiled_pair
 
 
 @triton.jit
@@ -90,6 +90,10 @@ def _decode(words, scales, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, TILED: t
         scale = tl.permute(tl.join(top, bottom), (0, 5, 1, 2, 3, 4))  # j1 and h come last before it
     else:
         scale = _scale_pairs(tl.reshape(scales, [BLOCK_N // 16, 2, 8, CHUNKS, 4]).to(tl.int32), FP16, PTX)
+    if TILED:
+        every = _halves(_tiled_pairs(words, scale, FP16, PTX))  # [tile, h, g, chunk, t, j1, pair's bits 2 to 0, e]
+        every = tl.permute(every, (0, 1, 2, 3, 5, 6, 7, 8, 4, 9))  # ... chunk, j1, pair, t, e]
+        return tl.reshape(every, [BLOCK_N, 128 * CHUNKS])
     scale = tl.broadcast_to(tl.expand_dims(scale, 6), words.shape)
     n0 = _halves(multiply_pairs(decode_pair(words, 0, FP16), scale, FP16, PTX))
     n1 = _halves(multiply_pairs(decode_pair(words, 1, FP16), scale, FP16, PTX))
@@ -97,6 +101,21 @@ def _decode(words, scales, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, TILED: t
     n3 = _halves(multiply_pairs(decode_pair(words, 3, FP16), scale, FP16, PTX))
     every = tl.join(tl.join(n0, n1), tl.join(n2, n3))  # [tile, h, g, chunk, t, j1, j0, e, c, u]
     return tl.reshape(tl.permute(every, (0, 1, 2, 3, 5, 6, 9, 8, 4, 7)), [BLOCK_N, 128 * CHUNKS])  # ... chunk, j1, j0, u, c, t, e]
+
+
+@triton.jit
+def _tiled_pairs(words, scale, FP16: tl.constexpr, PTX: tl.constexpr):
+    """[..., 2, 2, 2]: the eight pairs of each two `words`, times their `scale`."""
+    first, second = tl.split(words)
+    p0 = multiply_pairs(tiled_pair(first, second, 0, FP16), scale, FP16, PTX)
+    p1 = multiply_pairs(tiled_pair(first, second, 1, FP16), scale, FP16, PTX)
+    p2 = multiply_pairs(tiled_pair(first, second, 2, FP16), scale, FP16, PTX)
+    p3 = multiply_pairs(tiled_pair(first, second, 3, FP16), scale, FP16, PTX)
+    p4 = multiply_pairs(tiled_pair(first, second, 4, FP16), scale, FP16, PTX)
+    p5 = multiply_pairs(tiled_pair(first, second, 5, FP16), scale, FP16, PTX)
+    p6 = multiply_pairs(tiled_pair(first, second, 6, FP16), scale, FP16, PTX)
+    p7 = multiply_pairs(tiled_pair(first, second, 7, FP16), scale, FP16, PTX)
+    return tl.join(tl.join(tl.join(p0, p4), tl.join(p2, p6)), tl.join(tl.join(p1, p5), tl.join(p3, p7)))
 
 
 @triton.jit
@@ -114,8 +133,8 @@ def _halves(pair):
 
 
 @triton.jit
-def pair_columns_kernel(x_ptr, out_ptr, k, stride_r, stride_k, padded_k, PDL: tl.constexpr):
-    """x (M, K) to (M, `padded_k`), a multiple of 128, zero-padded, each 128 columns in the order that `_decode` gives the weight."""
+def pair_columns_kernel(x_ptr, out_ptr, k, stride_r, stride_k, padded_k, TILED: tl.constexpr, PDL: tl.constexpr):
+    """x (M, K) to (M, `padded_k`), a multiple of 128, zero-padded, each 128 columns in the order that `_decode` gives a weight."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -123,6 +142,6 @@ def pair_columns_kernel(x_ptr, out_ptr, k, stride_r, stride_k, padded_k, PDL: tl
     at = tl.program_id(1) * 1024 + tl.arange(0, 1024)
     e, t, c = at % 2, at // 2 % 4, at // 8 % 2
     u, j = at // 16 % 2, at // 32 % 4
-    source = at // 128 * 128 + t * 32 + j * 8 + e * 4 + u * 2 + c
+    source = at // 128 * 128 + t * 32 + j * 8 + (u * 4 + c * 2 + e if TILED else e * 4 + u * 2 + c)
     value = tl.load(x_ptr + row * stride_r + source.to(tl.int64) * stride_k, mask=source < k, other=0.0)
     tl.store(out_ptr + row * padded_k + at, value, mask=at < padded_k)

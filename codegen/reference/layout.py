@@ -2,8 +2,8 @@
 
 swizzled: codes plain; scales flat, (..., 512 ceil(R/128) ceil(C/4)), see `swizzle_ref`.
 tiled: codes (..., T, C, 1024) and scales (..., T, C, 128) of T tiles of 16 rows and C chunks of 128 columns, zero-padded. Byte
-512 h + 64 g + 16 t + i of a tile's codes is byte 16 t + i of the chunk in row 8 h + g; byte 16 g + 4 t + 2 h + i of its scales is
-byte 2 t + i. NVFP4 only.
+512 h + 64 g + 16 t + i of a tile's codes is byte 16 t + i of the chunk in row 8 h + g, but that bits are permuted within every 8 bytes, see
+`permute_words`; byte 16 g + 4 t + 2 h + i of its scales is byte 2 t + i. NVFP4 only.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fp4compile.codegen.formats import BLOCK_OF_SCALES, Layout, round_up
 from fp4compile.codegen.reference.swizzle import swizzle_ref, unswizzle_ref
+from fp4compile.codegen.reference.tiled_words import permute_words, restore_words
 
 
 def laid_out_shapes(rows: int, code_bytes: int, blocks: int, layout: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -66,12 +67,13 @@ def _tile(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     codes = F.pad(codes, (0, 64 * chunks - half_k, 0, more_rows))
     bytes_ = F.pad(bytes_, (0, 8 * chunks - bytes_.shape[-1], 0, more_rows))
     codes = codes.view(-1, 2, 8, chunks, 64).permute(0, 3, 1, 2, 4).reshape(*batch, -1, chunks, 1024)
+    codes = permute_words(codes)
     bytes_ = bytes_.view(-1, 2, 8, chunks, 4, 2).permute(0, 3, 2, 4, 1, 5).reshape(*batch, -1, chunks, 128)
     return codes, bytes_.view(scales.dtype)
 
 
 def _untile(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     *batch, tiles, chunks, _ = codes.shape
-    plain = codes.reshape(-1, chunks, 2, 8, 64).permute(0, 2, 3, 1, 4).reshape(*batch, 16 * tiles, 64 * chunks)
+    plain = restore_words(codes).reshape(-1, chunks, 2, 8, 64).permute(0, 2, 3, 1, 4).reshape(*batch, 16 * tiles, 64 * chunks)
     bytes_ = scales.view(torch.uint8).reshape(-1, chunks, 8, 4, 2, 2).permute(0, 4, 2, 1, 3, 5)
     return plain, bytes_.reshape(*batch, 16 * tiles, 8 * chunks).view(scales.dtype)

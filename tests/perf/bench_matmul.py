@@ -31,9 +31,10 @@ from tests.perf.linked_package import link_package
 
 _PACKAGE = link_package()
 
-from fp4compile.codegen import ops  # noqa: E402, F401 (after link_package; registers the operators)
-from fp4compile.codegen.kernels.decode_mm import choose_tile, decode_mm  # noqa: E402
-from fp4compile.codegen.kernels.launch_hopper import TILES, HopperTile, multiply_hopper  # noqa: E402
+from fp4compile.codegen import ops  # noqa: E402 (after link_package)
+from fp4compile.codegen.formats import QuantConfig  # noqa: E402
+from fp4compile.codegen.kernels.decode_mm import DecodeTile, choose_tile, decode_mm  # noqa: E402
+from fp4compile.codegen.kernels.hopper_tiles import HALF_TILES, REGISTER_TILES, TILES, HopperTile  # noqa: E402
 from fp4compile.codegen.reference.block import dequantize_ref  # noqa: E402
 from fp4compile.codegen.reference.grouped import scaled_grouped_mm_ref  # noqa: E402
 from fp4compile.codegen.reference.layout import lay_out_ref  # noqa: E402
@@ -43,6 +44,7 @@ from tests.codegen.kernels.exact_products import exact_side  # noqa: E402
 from tests.perf.failures import FAILURES  # noqa: E402
 
 SHAPES = [(28672, 8192), (14336, 4096), (4096, 4096)]
+TRAINING = [(8192, 4096, 4096), (8192, 11008, 4096), (8192, 4096, 11008), (8192, 12288, 4096)]
 ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 4096)
 WORST_ERROR = 5e-4  # norm ratio against float64 of the exact dequants, float32 output
 REPEATS = 200
@@ -69,7 +71,7 @@ def int4_weight(n: int, k: int) -> tuple[Tensor, Tensor]:
 
 
 def exact(
-    m: int, n: int, k: int, a_kind: str, b_kind: str, *, tiled: bool = False, repeats: int = 1, tile: HopperTile | None = None
+    m: int, n: int, k: int, a_kind: str, b_kind: str, *, tiled: bool = False, repeats: int = 1, tile: DecodeTile | None = None
 ) -> float:
     """0 where every bit is right in every run: operands whose sums float32 holds exactly, scales a row, a bias."""
     generator = torch.Generator("cuda").manual_seed(m + n)
@@ -85,8 +87,7 @@ def exact(
             if tile is None:
                 got = MM(*a.arguments(), *weight, b.global_scale, bias, k, dtype, b_layout=layout)
             else:
-                got = torch.full_like(want, float("nan"))
-                multiply_hopper(a.data, *weight, a.global_scale, b.global_scale, bias, got, tile)
+                got = decode_mm(a.data, *weight, b.global_scale, bias, dtype, n=n, a_global=a.global_scale, tile=tile)
             wrong += (got[:, :n] != want).sum()
     return float(wrong)
 
@@ -138,11 +139,14 @@ def checks() -> dict[str, Callable[[], float]]:
         every[f"{m}x{n}x{k} {a} x nvfp4 tiled={tiled}"] = functools.partial(exact, m, n, k, a, "nvfp4", tiled=tiled)
     for (a, b), (m, n, k) in itertools.product((("bf16", "mxfp4"), ("mxfp4", "mxfp4"), ("nvfp4", "bf16")), shapes[2:]):
         every[f"{m}x{n}x{k} {a} x {b}"] = functools.partial(exact, m, n, k, a, b)
-    for m in (1, 16, 32, 64, 128, 256, 1024):
-        every[f"{REPEATS} runs, M={m}"] = functools.partial(exact, m, 4096, 4096, "bf16", "nvfp4", tiled=True, repeats=REPEATS)
-    for tile, splits in itertools.product((*TILES, *OTHER_TILES), (1, 3)):
+    for m, n in itertools.product((1, 16, 32, 64, 128, 256, 1024), (4096, 28672)):
+        runs = REPEATS if n == 4096 else REPEATS // 4
+        every[f"{runs} runs, M={m} N={n}"] = functools.partial(exact, m, n, 4096, "bf16", "nvfp4", tiled=True, repeats=runs)
+    for tile, splits in itertools.product((*TILES, *OTHER_TILES, *REGISTER_TILES), (1, 3)):
         one = replace(tile, splits=splits)
         every[f"{one}"] = functools.partial(exact, 200, 1040, 1040, "bf16", "nvfp4", tiled=True, repeats=20, tile=one)
+    for tile, n, tiled in itertools.product(HALF_TILES, (1040, 1033), (False, True)):
+        every[f"{tile} N={n} tiled={tiled}"] = functools.partial(exact, 300, n, 1040, "bf16", "nvfp4", tiled=tiled, repeats=20, tile=tile)
     for a, tiled, ends in itertools.product(("bf16", "nvfp4"), (False, True), ((0, 2, 2, 7), (5, 80, 300, 301))):
         every[f"groups {a} tiled={tiled} {ends}"] = functools.partial(exact_groups, a, tiled, ends)
     for m, dtype in itertools.product((1, 8, 40, 200, 2048), (torch.bfloat16, torch.float16)):
@@ -206,6 +210,8 @@ def measure(n: int, k: int, rows: tuple[int, ...], tiles: bool) -> Iterator[dict
         if m in (1, 64, 4096):
             calls["w4a4 tiled"] = [functools.partial(MM, *quantized, *w, scale, None, k, torch.bfloat16, b_layout="tiled") for w in tiled]
             calls["w4a4 plain"] = [functools.partial(MM, *quantized, *w, scale, None, k, torch.bfloat16) for w in plain]
+        if m == 4096:
+            calls["w4a4 tiled, quantize included"] = [functools.partial(quantize_and_multiply, x, w, scale, k) for w in tiled]
         for tile in (*TILES, *OTHER_TILES) if tiles and m >= 16 else ():
             programs = -(-n // tile.block_n) * -(-m // tile.block_m)
             for splits in (1, 2, 4) if programs <= 66 else (1,):
@@ -219,6 +225,25 @@ def measure(n: int, k: int, rows: tuple[int, ...], tiles: bool) -> Iterator[dict
             if name != "cublas":
                 print(f"   {time:8.1f} {times['cublas'] / time:5.2f}x {name}", flush=True)
         yield {"n": n, "k": k, "m": m, "floor": floor, "microseconds": times}
+
+
+def quantize_and_multiply(x: Tensor, weight: tuple[Tensor, Tensor], scale: Tensor, k: int) -> Tensor:
+    """W4A4 as an inference graph has it: a scale a row."""
+    a = ops.QUANTIZE(x, -1, *ops.quantize_args(QuantConfig(global_scale="row")))
+    return MM(*a, *weight, scale, None, k, torch.bfloat16, b_layout="tiled")
+
+
+def measure_training(m: int, n: int, k: int) -> dict[str, Any]:
+    """Both operands plain, with a scale each, as a training step has them; larger than L2."""
+    a, b, scale = random_weight(m, k, 1), random_weight(n, k, 2), torch.rand((), device="cuda")
+    x, dense = torch.randn(m, k, device="cuda", dtype=torch.bfloat16), torch.randn(n, k, device="cuda", dtype=torch.bfloat16)
+    calls: dict[str, list[Callable[[], object]]] = {
+        "cublas": [functools.partial(torch.nn.functional.linear, x, dense)] * 2,
+        "w4a4 plain": [functools.partial(MM, *a, scale, *b, scale, None, k, torch.bfloat16)] * 2,
+    }
+    times = {name: microseconds(each, torch.device("cuda"), QUICK) for name, each in calls.items()}
+    print(f"training {m}x{n}x{k}: cuBLAS {times['cublas']:.1f}, {times['cublas'] / times['w4a4 plain']:.2f}x", flush=True)
+    return {"n": n, "k": k, "m": m, "floor": 2e-6 * m * n * k / 990, "microseconds": times}
 
 
 def host_microseconds() -> float:
@@ -253,7 +278,7 @@ def main() -> int:
         "host_microseconds": host_microseconds(),
     }  # fmt: skip
     print(f"a call of few rows costs the host {head['host_microseconds']:.0f} us", flush=True)
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = [measure_training(*shape) for shape in TRAINING]
     for n, k in SHAPES:
         for row in measure(n, k, given.rows, given.tiles):
             rows.append(row)

@@ -25,7 +25,7 @@ ELEMENTS = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float8_e4m3fn: "fp8e4nv",
     torch.uint8: "u8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
-OPTIONS = {"num_warps", "num_stages", "enable_fp_fusion", "maxnreg"}
+OPTIONS = {"num_warps", "num_stages", "enable_fp_fusion", "maxnreg", "launch_pdl"}
 
 
 @dataclass(frozen=True, kw_only=True)

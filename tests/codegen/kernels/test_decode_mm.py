@@ -9,6 +9,7 @@ import itertools
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from fp4compile.codegen.errors import UnsupportedDtype
 from fp4compile.codegen.kernels.decode_mm import NarrowTile, WideTile, choose_tile, decode_mm, supports, tile_weight
+from fp4compile.codegen.kernels.hopper_tiles import REGISTER_TILES, HalfTile, RegisterTile
 from fp4compile.codegen.reference.block import dequantize_ref
 from fp4compile.codegen.reference.matmul import scaled_mm_ref
 from tests.codegen.kernels.exact_products import HIGH_PRECISION, Side, exact_side
@@ -118,25 +120,6 @@ def test_near_float64_over_the_whole_range_of_x(device: torch.device, kind: str)
         assert torch.equal(got.isnan(), want.isnan())
 
 
-def test_the_tiled_layout_is_the_documented_one() -> None:
-    n, k = 40, 192
-    codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8)
-    scales = torch.randint(0, 127, (n, k // 16), dtype=torch.uint8)
-    tiled_codes, tiled_scales = tile_weight(codes, scales.view(torch.float8_e4m3fn))
-    assert tiled_codes.shape == (3, 2, 1024)
-    assert tiled_scales.shape == (3, 2, 128)
-    bytes_ = tiled_scales.view(torch.uint8)
-    for row in range(48):
-        tile, h, g = row // 16, row // 8 % 2, row % 8
-        for byte in range(128):
-            want = codes[row, byte] if row < n and byte < k // 2 else 0
-            assert tiled_codes[tile, byte // 64, 512 * h + 64 * g + byte % 64] == want
-        for block in range(16):
-            t, i = block % 8 // 2, block % 2
-            want = scales[row, block] if row < n and block < k // 16 else 0
-            assert bytes_[tile, block // 8, 16 * g + 4 * t + 2 * h + i] == want
-
-
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
@@ -152,7 +135,8 @@ def test_the_tiled_layout_is_the_documented_one() -> None:
         ((129, 64, 64, torch.bfloat16, 80), "M=129"),
         ((16384, 64, 64, torch.bfloat16, 90), None),
         ((1, 64, 64, torch.float64, 90), "float64"),
-        ((1, 64, 64, torch.bfloat16, 100), "sm_100"),
+        ((8, 64, 64, torch.bfloat16, 100), None),
+        ((9, 64, 64, torch.bfloat16, 120), "sm_120"),
         ((1, 64, 64, torch.bfloat16, 75), "sm_75"),
         ((1, 0, 64, torch.bfloat16, 90), "empty"),
     ],
@@ -172,6 +156,15 @@ def test_few_rows_stay_out_of_shared_memory_and_many_share_it() -> None:
 def test_on_hopper_no_dot_takes_its_left_operand_from_registers() -> None:
     for m, n, k in itertools.product((1, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 4096), (64, 4096, 14336, 28672), (64, 1024, 8192)):
         assert not isinstance(choose_tile(m, n, k, True, 90), WideTile)
+
+
+def test_on_hopper_many_rows_meet_a_weight_that_was_dequantized_once_where_it_is_not_tiled() -> None:
+    assert isinstance(choose_tile(8192, 11008, 4096, False, 90), HalfTile)
+    for m, n, k in itertools.product((17, 64, 65, 128, 129, 4096), (64, 4096, 14336, 28672), (128, 1024, 8192)):
+        tile = choose_tile(m, n, k, True, 90)
+        if isinstance(tile, RegisterTile):
+            assert replace(tile, splits=1) in REGISTER_TILES
+            assert tile.splits == 1 or k // tile.splits >= 512
 
 
 def test_a_dtype_without_kernels_is_refused() -> None:

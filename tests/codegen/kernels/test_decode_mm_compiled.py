@@ -72,3 +72,13 @@ def test_on_ampere(case: tuple, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     used = usage(compiled, tmp_path)
     assert used["STACK"] == used["LOCAL"] == 0
     assert "HMMA.16816" in sass_of(compiled, tmp_path)
+
+
+@pytest.mark.parametrize("capability", [100, 120])
+@pytest.mark.parametrize("case", [(1, 4096, 4096, torch.bfloat16, False), (8, 28672, 8192, torch.bfloat16, False)], ids=str)
+def test_on_blackwell(case: tuple, capability: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A few rows of x and a plain weight: no instruction multiplies bfloat16 by FP4, so registers hold the decoded weight."""
+    compiled = product(*case, capability, monkeypatch).compile(capability)
+    used = usage(compiled, tmp_path)
+    assert used["STACK"] == used["LOCAL"] == 0
+    assert "HMMA.16816" in sass_of(compiled, tmp_path)

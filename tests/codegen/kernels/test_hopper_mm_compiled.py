@@ -15,14 +15,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter does not compile", allow_module_level=True)
 
 from fp4compile.codegen.kernels.hopper_mm import hopper_mm_kernel
-from fp4compile.codegen.kernels.launch_hopper import (
-    TILES,
-    HopperTile,
-    _descriptor,
-    choose_hopper_tile,
-    multiply_groups_hopper,
-    multiply_hopper,
-)
+from fp4compile.codegen.kernels.hopper_tiles import TILES, HopperTile, choose_hopper_tile
+from fp4compile.codegen.kernels.launch_hopper import multiply_groups_hopper, multiply_hopper, x_descriptor
 from tests.codegen.kernels.cross_compiled import launches_of, usage
 
 SHARED_MEMORY = 227 * 1024
@@ -87,8 +81,8 @@ def test_only_tiles_that_were_compiled_are_chosen() -> None:
 def test_any_rows_of_x_become_what_the_copy_engine_takes() -> None:
     base = torch.arange(64 * 128, dtype=torch.float32).view(64, 128).bfloat16()
     for x in (base, base[:, :100], base[::2], base.T, base[:1].expand(5, 128), base[:, 3:], base[3:4, ::2], base[:, 0:1].T, base[:, :9]):
-        found = _descriptor(x, 64)
+        found = x_descriptor(x, 64)
         assert found.shape == list(x.shape)
         assert found.strides[0] % 8 == 0 and found.strides[0] >= x.shape[1]
         assert torch.equal(found.base.as_strided(x.shape, (found.strides[0], 1)), x)
-    assert _descriptor(base[:, :96], 64).base.data_ptr() == base.data_ptr()
+    assert x_descriptor(base[:, :96], 64).base.data_ptr() == base.data_ptr()

@@ -10,7 +10,7 @@ from fp4compile.codegen.formats import QuantConfig
 from fp4compile.codegen.kernel_spec import KernelSpec
 from fp4compile.codegen.kernels import search_decode
 from fp4compile.codegen.kernels.decode_mm import KINDS, NarrowTile, WideTile, choose_tile, key_of
-from fp4compile.codegen.kernels.launch_hopper import HopperTile
+from fp4compile.codegen.kernels.hopper_tiles import HalfTile, HopperTile, RegisterTile
 from fp4compile.codegen.kernels.search_decode import candidates, search
 from fp4compile.codegen.reference.block import dequantize_ref
 from fp4compile.codegen.reference.layout import plain_ref
@@ -94,9 +94,9 @@ def test_candidates_are_few_and_made_for_their_rows_and_device(m, capability) ->
             assert capability == 80 and m <= 128
             assert tile.stages * tile.chunks * (72 * tile.block_n + 256 * tile.block_m) <= 227 * 1024
         else:
-            assert isinstance(tile, HopperTile) and capability == 90
+            assert isinstance(tile, (RegisterTile, HopperTile, HalfTile)) and capability == 90
 
 
 def test_k_is_not_split_into_crumbs() -> None:
-    assert {tile.splits for tile in candidates(64, 512, 90) if isinstance(tile, HopperTile)} == {1}
-    assert {tile.splits for tile in candidates(64, 2048, 90) if isinstance(tile, HopperTile)} == {1, 2, 4}
+    assert {tile.splits for tile in candidates(64, 512, 90) if isinstance(tile, (RegisterTile, HopperTile))} == {1}
+    assert {tile.splits for tile in candidates(64, 2048, 90) if isinstance(tile, (RegisterTile, HopperTile))} == {1, 2, 4}

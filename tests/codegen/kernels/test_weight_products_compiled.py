@@ -12,8 +12,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter does not compile", allow_module_level=True)
 
 from fp4compile.codegen.kernels import launch
+from fp4compile.codegen.kernels.hopper_tiles import TILES
 from fp4compile.codegen.kernels.launch_dequantize import tile_on_device
-from fp4compile.codegen.kernels.launch_hopper import TILES, multiply_groups_hopper, multiply_hopper
+from fp4compile.codegen.kernels.launch_hopper import multiply_groups_hopper, multiply_hopper
 from fp4compile.codegen.target import Target
 from tests.codegen.kernels.cross_compiled import launches_of, usage
 from tests.codegen.kernels.exact_products import exact_side
@@ -35,7 +36,9 @@ def test_operands_are_dequantized_and_multiplied(
     a, b = (exact_side(kind, (1, 512, 512), generator, global_scale="row") for kind in (left, right))
     recorded = launches_of(lambda: launch.scaled_mm(*a.arguments(), *b.arguments(), None, 512, torch.bfloat16), monkeypatch)
     names = [each.kernel.fn.__name__ for each in recorded]
-    assert names == ["half_mm_kernel", *["dequantize_kernel"] * sum(side.scales is not None for side in (a, b))]
+    decoders = {"nvfp4": ["dequantize_plain_kernel"], "mxfp4": ["dequantize_kernel"]}
+    product = "half_hopper_mm_kernel" if capability == 90 else "half_mm_kernel"
+    assert names == [product, *decoders.get(right, []), *decoders.get(left, [])]
     for each in recorded:
         compiled = each.compile(capability)
         used = usage(compiled, tmp_path)

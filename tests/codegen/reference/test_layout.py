@@ -18,6 +18,19 @@ def _plain(rows: int, k: int, batch: tuple[int, ...] = ()) -> tuple[torch.Tensor
     return codes, torch.randint(0, 127, (*batch, rows, k // 16), dtype=BYTES).view(torch.float8_e4m3fn)
 
 
+def _as_kernels_read(eight: list[int]) -> list[int]:
+    """Bit by bit: what a turn left by 2 p brings to the sign (bits 15, 31) and the magnitude (6 to 8, 22 to 24) of codes 2 p, 2 p + 1."""
+    words = [0, 0]
+    for code in range(16):
+        nibble, pair, half = eight[code // 2] >> 4 * (code % 2) & 15, code // 2, code % 2
+        for bit, place in enumerate((6, 7, 8, 15)):
+            source = (place + 16 * half - 2 * pair) % 32
+            word = 0 if pair in (0, 2, 5) else 1 if pair in (1, 3, 6) else int(source % 16 not in (0, 1, 9, 10))
+            assert not words[word] >> source & 1
+            words[word] |= (nibble >> bit & 1) << source
+    return [words[i // 4] >> 8 * (i % 4) & 255 for i in range(8)]
+
+
 @pytest.mark.parametrize(("rows", "k"), SHAPES)
 def test_every_tiled_byte_lies_where_the_formula_puts_it(rows: int, k: int) -> None:
     codes, scales = _plain(rows, k)
@@ -25,8 +38,9 @@ def test_every_tiled_byte_lies_where_the_formula_puts_it(rows: int, k: int) -> N
     want_codes, want_scales = torch.zeros_like(tiled_codes), torch.zeros_like(tiled_scales.view(BYTES))
     for row in range(rows):
         tile, h, g = row // 16, row % 16 // 8, row % 8
-        for byte in range(k // 2):
-            want_codes[tile, byte // 64, 512 * h + 64 * g + byte % 64] = codes[row, byte]
+        for block in range(k // 16):
+            sixteen = _as_kernels_read(codes[row, 8 * block : 8 * block + 8].tolist())
+            want_codes[tile, block // 8, 512 * h + 64 * g + block % 8 * 8 :][:8] = torch.tensor(sixteen, dtype=BYTES)
         for byte in range(k // 16):
             t, i = byte % 8 // 2, byte % 2
             want_scales[tile, byte // 8, 16 * g + 4 * t + 2 * h + i] = scales.view(BYTES)[row, byte]
