@@ -19,17 +19,18 @@ from fp4compile.codegen.cpu import launch as cpu
 from fp4compile.codegen.formats import GlobalScale, QuantConfig, round_up
 from fp4compile.codegen.reference.layout import laid_out_shapes, lay_out_ref
 from fp4compile.codegen.reference.residual import in_order_ref, repeated_ref, with_residual_ref
+from fp4compile.codegen.statistics import quantize_calibrated
 
 Quantized = tuple[Tensor, Tensor, Tensor]
-_Implementation = Callable[[Tensor, int, Tensor, int, QuantConfig, str], Quantized]
+_Implementation = Callable[[Tensor, int, Tensor, int, QuantConfig, str, str], Quantized]
 
 _LIB = Library("fp4", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 _CONFIG = "str format, str block, str scale_rule, str global_scale, str rounding, int hadamard, float? static_amax=None"
 _FIELDS = 7  # of a configuration, of which the dispatcher leaves out the last where it is None
-for _name in ("quantize_residual", "quantize_repeated"):
+for _name, _keywords in (("quantize_residual", "str layout='plain'"), ("quantize_repeated", "str layout='plain', str calibration=''")):
     _LIB.define(
-        f"{_name}(Tensor x, int axis, Tensor order, int outliers, {_CONFIG}, *, str layout='plain')"
+        f"{_name}(Tensor x, int axis, Tensor order, int outliers, {_CONFIG}, *, {_keywords})"
         " -> (Tensor codes, Tensor scales, Tensor global_scale)",
         tags=_TAGS,
     )
@@ -40,13 +41,15 @@ WIDENED: Final = (QUANTIZE_RESIDUAL, QUANTIZE_REPEATED)
 
 
 def _from_dispatcher(implementation: _Implementation) -> Callable[..., Quantized]:
-    def call(x: Tensor, axis: int, order: Tensor, outliers: int, *fields: Any, layout: str = "plain") -> Quantized:
-        return implementation(x, axis, order, outliers, ops.config_of(*(*fields, None)[:_FIELDS]), layout)
+    def call(
+        x: Tensor, axis: int, order: Tensor, outliers: int, *fields: Any, layout: str = "plain", calibration: str = ""
+    ) -> Quantized:  # fmt: skip
+        return implementation(x, axis, order, outliers, ops.config_of(*(*fields, None)[:_FIELDS]), layout, calibration)
 
     return call
 
 
-def _shapes(x: Tensor, axis: int, order: Tensor, outliers: int, config: QuantConfig, layout: str) -> Quantized:
+def _shapes(x: Tensor, axis: int, order: Tensor, outliers: int, config: QuantConfig, layout: str, calibration: str) -> Quantized:
     rows, k = (x.shape[-2], x.shape[-1]) if axis == -1 else (x.shape[-1], x.shape[-2])
     wide = round_up(k, config.fmt.block) + outliers
     codes, scales = laid_out_shapes(rows, wide // 2, wide // config.fmt.block, layout)
@@ -58,7 +61,7 @@ def _shapes(x: Tensor, axis: int, order: Tensor, outliers: int, config: QuantCon
     )
 
 
-def _residual_on_cpu(x: Tensor, axis: int, order: Tensor, outliers: int, config: QuantConfig, layout: str) -> Quantized:
+def _residual_on_cpu(x: Tensor, axis: int, order: Tensor, outliers: int, config: QuantConfig, layout: str, _: str) -> Quantized:
     """All channels by the C++ kernel; what it lost of a few, in plain PyTorch."""
     x = in_order_ref(x, order, config, axis=axis)
     codes, scales, decode = cpu.quantize(x, config)
@@ -66,16 +69,22 @@ def _residual_on_cpu(x: Tensor, axis: int, order: Tensor, outliers: int, config:
     return *lay_out_ref(codes, scales, layout), decode
 
 
-def _residual_on_cuda(x: Tensor, axis: int, order: Tensor, outliers: int, config: QuantConfig, layout: str) -> Quantized:
+def _residual_on_cuda(x: Tensor, axis: int, order: Tensor, outliers: int, config: QuantConfig, layout: str, _: str) -> Quantized:
     """The launcher lives with the Triton kernels, which are imported when the first one runs."""
     from fp4compile.codegen.kernels.launch_residual import quantize_residual
 
     return quantize_residual(x, axis, order, outliers, config, layout)
 
 
-def _repeated(w: Tensor, axis: int, order: Tensor, outliers: int, config: QuantConfig, layout: str) -> Quantized:
-    """Once a weight, so on every device a few copies around the device's own quantizer, whatever its scale rule is."""
-    codes, scales, decode = ops.QUANTIZE(in_order_ref(w, order, config, axis=axis), -1, *ops.quantize_args(config))
+def _repeated(w: Tensor, axis: int, order: Tensor, outliers: int, config: QuantConfig, layout: str, calibration: str) -> Quantized:
+    """Once a weight, so on every device a few copies around the device's own quantizer, whatever its scale rule is.
+
+    Raises what `quantize_calibrated` raises.
+    """
+    if config.needs_moments:
+        codes, scales, decode = quantize_calibrated(w if axis == -1 else w.mT, config, calibration, order)
+    else:
+        codes, scales, decode = ops.QUANTIZE(in_order_ref(w, order, config, axis=axis), -1, *ops.quantize_args(config))
     return *lay_out_ref(*repeated_ref(codes, scales, outliers, config), layout), decode
 
 

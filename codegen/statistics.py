@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fp4compile.codegen.errors import Fp4CompileError
-from fp4compile.codegen.formats import QuantConfig, Rounding, ScaleRule
+from fp4compile.codegen.formats import QuantConfig, Rounding, ScaleRule, round_up
 from fp4compile.codegen.reference.gptq import UnusableMoments, gptq_ref
 from fp4compile.codegen.reference.local_hessian import local_hessian_ref
+from fp4compile.codegen.reference.residual import in_order_ref
 
 _WORDS_AT_ONCE: Final = 1 << 20
 
@@ -58,8 +59,11 @@ def remember(key: str, moments: InputMoments) -> None:
     _KNOWN.setdefault(key, moments)
 
 
-def quantize_calibrated(weight: Tensor, config: QuantConfig, key: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, scales and global scale of `weight` (..., N, K). Raises `UnknownStatistics`, `StaleCalibration` or `UnusableMoments`."""
+def quantize_calibrated(weight: Tensor, config: QuantConfig, key: str, order: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and global scale of `weight` (..., N, K), with its columns in `order` where one is given (`in_order_ref`).
+
+    Raises `UnknownStatistics`, `StaleCalibration` or `UnusableMoments`.
+    """
     known = _KNOWN.get(key)
     if known is None:
         raise UnknownStatistics(key=key)
@@ -69,7 +73,26 @@ def quantize_calibrated(weight: Tensor, config: QuantConfig, key: str) -> tuple[
     if config.rounding is Rounding.GPTQ and known.full is None:
         found = "are those of blocks of 16 channels"
         raise UnusableMoments(where=f"{known.site}: gptq", found=found, needed='all are needed: moments = "full"')
-    return quantize_by_moments(weight, moments.to(weight.device), config)
+    moments = moments.to(weight.device)
+    if order is not None:
+        moments = _in_order(moments, order, weight.shape[-1], config, known.site)
+        weight = in_order_ref(weight, order, config)
+    return quantize_by_moments(weight, moments, config)
+
+
+def _in_order(moments: Tensor, order: Tensor, k: int, config: QuantConfig, site: str) -> Tensor:
+    """Moments of the padded input (Kp, Kp) in the order of its channels, or their diagonal blocks in that of blocks."""
+    padded = round_up(k, config.fmt.block)
+    by_block = order.numel() < padded
+    if moments.ndim == 3 and by_block:
+        return moments.index_select(0, order)
+    if moments.ndim == 3:
+        found = "are those of blocks of 16 channels, and arc with reorder = true puts others into a block"
+        raise UnusableMoments(where=site, found=found, needed='all are needed, moments = "full", or reorder = false')
+    moments = F.pad(moments, (0, padded - k, 0, padded - k))
+    unit = padded // order.numel()
+    channels = (order[:, None] * unit + torch.arange(unit, dtype=order.dtype, device=order.device)).flatten()
+    return moments.index_select(0, channels).index_select(1, channels)
 
 
 def quantize_by_moments(weight: Tensor, moments: Tensor, config: QuantConfig, damping: float = 0.01) -> tuple[Tensor, Tensor, Tensor]:

@@ -65,9 +65,9 @@ def _replace(gm: fx.GraphModule, node: fx.Node, kind: OperandKind, outliers: Out
     source, axis, *fields, seed = arguments
     order = _order_node(gm, fake_of(source), outliers)
     target = QUANTIZE_REPEATED if kind is OperandKind.WEIGHT else QUANTIZE_RESIDUAL
-    assert seed is None and not node.kwargs, "neither drawn nor calibrated: the policy refuses those"
+    assert seed is None, "the forward of inference draws nothing"
     with gm.graph.inserting_after(node):
-        wide = call(gm.graph, target, (source, axis, order, outliers.count, *fields), like=node)
+        wide = call(gm.graph, target, (source, axis, order, outliers.count, *fields), node.kwargs, like=node)
     for part in list(node.users):
         assert part.target is operator.getitem
         part.args = (wide, part.args[1])

@@ -147,7 +147,7 @@ class Call:
         x, axis, arguments = self.a if lhs else self.b, -1 if lhs else -2, ops.quantize_args(config)
         if self.plan.outliers is not None:
             widen = QUANTIZE_RESIDUAL if lhs else QUANTIZE_REPEATED
-            return widen(x, axis, self._order(), self.plan.outliers.count, *arguments)
+            return widen(x, axis, self._order(), self.plan.outliers.count, *arguments, **ops.quantize_keywords(config))
         return ops.QUANTIZE(x, axis, *arguments, None, **ops.quantize_keywords(config))
 
 

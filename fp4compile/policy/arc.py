@@ -83,14 +83,12 @@ def refuse_illegal_arc(arc: Arc | None, configs: Mapping[OperandKind, QuantConfi
             needed="A residual of the activation needs a weight whose columns are repeated, in a forward.",
             advice="Give the table to rules about layers, or arc = false to this one.",
         )
-    for holds, found, needed, advice in _conflicts(arc.rule, activation, weight, calibration):
+    for holds, found, needed, advice in _conflicts(arc.rule, activation, calibration):
         if holds:
             raise IllegalCombination(where=where, found=f"arc {found}", needed=needed, advice=advice)
 
 
-def _conflicts(
-    rule: OutlierRule, activation: QuantConfig, weight: QuantConfig, calibration: str
-) -> tuple[tuple[bool, str, str, str], ...]:  # fmt: skip
+def _conflicts(rule: OutlierRule, activation: QuantConfig, calibration: str) -> tuple[tuple[bool, str, str, str], ...]:
     return (
         (
             not calibration,
@@ -115,12 +113,6 @@ def _conflicts(
             f"with multiple = {rule.multiple} and format = {activation.format}",
             f"Residuals come in whole blocks, of {activation.fmt.block} channels.",
             "Use multiple = 64.",
-        ),
-        (
-            weight.needs_moments,
-            f"with a weight by {weight.describe()}",
-            "That weight's columns are rounded in the order of the layer's channels, and arc has another.",
-            "Use scale_rule = 'sweep' for the weight.",
         ),
     )
 

@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 
 from fp4compile.codegen import ops
+from fp4compile.codegen.calibrated import quantize_for_inputs, second_moments
 from fp4compile.codegen.formats import QuantConfig
 from fp4compile.codegen.reference.block import dequantize_ref
 from fp4compile.codegen.reference.e2m1 import unpack_ref
+from fp4compile.codegen.reference.gptq import UnusableMoments
 from fp4compile.codegen.reference.layout import plain_ref
 from fp4compile.codegen.residual_ops import QUANTIZE_REPEATED, QUANTIZE_RESIDUAL
+from fp4compile.codegen.statistics import InputMoments, checksum, remember
 from tests.codegen import oracle
 
 CONFIGS = {
@@ -120,6 +123,39 @@ def test_outlier_blocks_of_a_weight_are_repeated_bit_for_bit() -> None:
     blocks, scales = codes.unflatten(-1, (6, 8)), scales.view(torch.uint8)
     assert torch.equal(blocks[:, 2::2], blocks[:, 3::2]) and torch.equal(scales[:, 2::2], scales[:, 3::2])
     assert not torch.equal(blocks[:, 0], blocks[:, 1])
+
+
+def remembered(weight: Tensor, x: Tensor, *, full: bool) -> str:
+    """The name of the moments of `x` (tokens, K)."""
+    moments = second_moments(x)
+    blocks = moments.unflatten(0, (-1, 16)).unflatten(2, (-1, 16)).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+    key = f"arc {full} {checksum(weight)}"
+    site = InputMoments(site="up", calibration="c.pt", blocks=blocks, full=moments if full else None, checksum=checksum(weight))
+    remember(key, site)
+    return key
+
+
+@pytest.mark.parametrize("method", ["gptq", "local_hessian", "gptq_local_hessian"])
+def test_a_calibrated_weight_is_quantized_in_the_order_of_its_input(method: str) -> None:
+    generator = torch.Generator().manual_seed(6)
+    w, x = torch.randn(24, 64, generator=generator), torch.randn(200, 64, generator=generator) @ torch.randn(64, 64, generator=generator)
+    rounding = "gptq" if "gptq" in method else "nearest"
+    rule = "local_hessian" if "local_hessian" in method else "sweep"
+    config = QuantConfig(scale_rule=rule, rounding=rounding, calibration="any")  # type: ignore[arg-type]
+    for order, full in ((an_order(64, 1), True), (an_order(64, 16), True), (an_order(64, 16), False)):
+        if "gptq" in method and not full:
+            continue
+        got = QUANTIZE_REPEATED(w, -1, order, 0, *ops.quantize_args(config), calibration=remembered(w, x, full=full))
+        channels = order if order.numel() == 64 else (order[:, None] * 16 + torch.arange(16)).flatten()
+        want = quantize_for_inputs(w[:, channels], second_moments(x[:, channels]), QuantConfig(scale_rule="sweep"), method=method)  # type: ignore[arg-type]
+        assert torch.equal(dequantize_ref(*got), want.dequantize())
+
+
+def test_moments_of_blocks_do_not_tell_those_of_other_blocks() -> None:
+    w, x = torch.randn(16, 64), torch.randn(100, 64)
+    config = QuantConfig(scale_rule="local_hessian", calibration="any")  # type: ignore[arg-type]
+    with pytest.raises(UnusableMoments, match=r"up: the second moments are those of blocks of 16 channels.*reorder = false"):
+        QUANTIZE_REPEATED(w, -1, an_order(64, 1), 0, *ops.quantize_args(config), calibration=remembered(w, x, full=False))
 
 
 @pytest.mark.parametrize("operator", [QUANTIZE_RESIDUAL, QUANTIZE_REPEATED], ids=["residual", "repeated"])
