@@ -36,7 +36,11 @@ def roles_svg(rows: Sequence[Row]) -> str:
     of = {(row.policy, row.name): row for row in rows if row.kind == "role"}
     roles = sorted({name for _, name in of}, key=lambda name: -max(of[p, name].effect for p in policies if (p, name) in of))
     measured = "KL to high precision" if next(iter(of.values())).kl is not None else "loss"
-    columns = ((f"{measured}, nats", "effect"), ("milli a million parameters", "per_parameter"), ("milli a percent of FLOPs", "per_flop"))
+    columns = (
+        (f"{measured}, nats", "effect"),
+        ("milli-nats a million parameters", "per_parameter"),
+        ("milli-nats a percent of FLOPs", "per_flop"),
+    )
     left = _MARGIN + max(len(role) for role in roles) * 11 * _EM + 10
     group = len(policies) * _BAR + _GAP
     width = left + len(columns) * (_WIDE + _VALUE) + _MARGIN

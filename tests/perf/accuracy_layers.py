@@ -6,6 +6,7 @@ matters, so results over shifts show what rounding luck is worth. It is an extra
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,16 +25,15 @@ from fp4compile.codegen.reference.block import dequantize_ref, quantize_ref
 from fp4compile.codegen.reference.residual import quantize_residual_ref
 
 SHIFTS: Final = tuple(2.0 ** (i / 5) for i in range(5))  # an octave of them: e4m3 scales repeat after one
-_ARC_THRESHOLD, _ARC_MULTIPLE = 1 / 8, 64  # arXiv 2601.07475: share of the largest input; channels come in multiples
+_ARC_THRESHOLD, _ARC_MULTIPLE, _ARC_MOST = 1 / 8, 64, 0.25  # arXiv 2601.07475, and the policies' bound
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """Of one Linear's input rows (R, K): E[x x^T], largest magnitude of each channel, share above an eighth of the largest of all."""
+    """Of one Linear's input rows (R, K): E[x x^T] and the largest magnitude of each channel."""
 
     moments: Tensor
     channel_amax: Tensor
-    share_above: float
 
     @property
     def order(self) -> Tensor:
@@ -41,9 +41,11 @@ class Inputs:
         return self.channel_amax.argsort()
 
     def outliers(self, how: str) -> int:
+        """As a policy's `arc = { threshold = 0.125 }`, or `{ fraction = share, most = share }`, chooses."""
         k, share = len(self.channel_amax), OUTLIERS[how]
-        wanted = k * (self.share_above if share is None else share)
-        return min(round_up(max(int(-(-wanted // 1)), 1), _ARC_MULTIPLE), k)
+        above = int((self.channel_amax > _ARC_THRESHOLD * self.channel_amax.max()).sum())
+        wanted, most = (above, _ARC_MOST) if share is None else (math.ceil(share * k), share)
+        return min(round_up(wanted, _ARC_MULTIPLE), int(most * k) // _ARC_MULTIPLE * _ARC_MULTIPLE)
 
 
 class QuantizedLinear(nn.Module):
@@ -72,26 +74,19 @@ def install(model: nn.Module, names: Sequence[str]) -> dict[str, QuantizedLinear
 
 
 def collect(layers: dict[str, QuantizedLinear], run: Callable[[], object]) -> dict[str, Inputs]:
-    """`run` calls the model with all calibration inputs; twice: the largest elements, then what depends on them."""
+    """`run` calls the model with all calibration inputs."""
     amax: dict[str, Tensor] = {}
-    with _watching(layers, lambda name, x: amax.update({name: torch.maximum(x.abs().amax(0), amax.get(name, x.new_zeros(())))})):
-        run()
     moments: dict[str, Tensor] = {}
-    counts: dict[str, list[Tensor | int]] = {name: [0, 0] for name in layers}
+    rows = dict.fromkeys(layers, 0)
 
     def add(name: str, x: Tensor) -> None:
+        amax[name] = torch.maximum(x.abs().amax(0), amax.get(name, x.new_zeros(())))
         moments[name] = moments[name] + x.mT @ x if name in moments else x.mT @ x
-        counts[name] = [counts[name][0] + (x.abs() > _ARC_THRESHOLD * amax[name].max()).sum(), counts[name][1] + x.numel()]
+        rows[name] += len(x)
 
     with _watching(layers, add):
         run()
-    return {
-        name: Inputs(
-            moments=moments[name] * (len(amax[name]) / int(counts[name][1])), channel_amax=amax[name],
-            share_above=int(counts[name][0]) / int(counts[name][1]),
-        )
-        for name in layers
-    }  # fmt: skip
+    return {name: Inputs(moments=moments[name] / rows[name], channel_amax=amax[name]) for name in layers}
 
 
 @contextmanager
