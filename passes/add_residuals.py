@@ -3,8 +3,8 @@
     scaled_mm(quantize(x), quantize(W), k=K)
         ->  scaled_mm(quantize_residual(x, order, S), quantize_repeated(W, order, S), k=K + S)
 
-The order is a constant of the graph and the gather part of the quantize kernel, so it takes no pass over x. Folding it into what makes x
-would save a kernel nothing, and a norm's input reaches other readers through the residual stream in its own order.
+The order is a constant of the graph and the gather part of the quantize kernel, so it takes no pass over x. A norm that makes x would only
+take the gather over: it reads the residual stream in the model's own order.
 """
 
 from __future__ import annotations

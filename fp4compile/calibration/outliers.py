@@ -31,16 +31,18 @@ class Statistic(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class OutlierRule:
-    """How many channels are outliers, one of the four ways, and which. The fields are the keys of a policy's `arc` table.
+    """How many channels are outliers, one of the five ways, and which. The fields are the keys of a policy's `arc` table.
 
     threshold: those whose statistic is above this share of the largest channel's (the paper's rule, 1/8 of the layer's maximum).
-    token_threshold: as many as there are, on average, elements above this share of the largest of their token (the authors' code).
+    element_threshold, token_threshold: as many as there are, on average, elements in a row above this share of the largest of all, or of
+    the largest of their token (the authors' code).
     channels, fraction: that many, or that share of K.
     multiple: the count is rounded up to it. reorder: channel by channel, sorted; else whole blocks. most: bound on the share of K.
     """
 
     statistic: Statistic = Statistic.AMAX
     threshold: float | None = None
+    element_threshold: float | None = None
     token_threshold: float | None = None
     channels: int | None = None
     fraction: float | None = None
@@ -95,7 +97,9 @@ def _count(ranked: Tensor, statistics: LayerStatistics, rule: OutlierRule, block
         return rule.fraction * statistics.k
     if rule.token_threshold is not None:
         return statistics.share_above_in_token(rule.token_threshold) * statistics.k
-    assert rule.threshold is not None, "a policy's table has one of the four"
+    if rule.element_threshold is not None:
+        return statistics.share_above(rule.element_threshold * statistics.amax) * statistics.k
+    assert rule.threshold is not None, "a policy's table has one of the five"
     each = ranked if rule.reorder else _by_block(ranked, block).repeat_interleave(block)
     return int((each > rule.threshold * ranked.max()).sum())
 

@@ -12,7 +12,7 @@ from fp4compile.codegen.formats import QuantConfig
 from fp4compile.passes.site import OperandKind, Role
 from fp4compile.policy.reading import Table, WrongValue, flag_at, name_at, refuse_unknown_keys, whole_number_at
 
-_WAYS: Final = ("threshold", "token_threshold", "channels", "fraction")
+_WAYS: Final = ("threshold", "element_threshold", "token_threshold", "channels", "fraction")
 _MULTIPLES: Final = (16, 32, 64, 128)
 _KEYS: Final = tuple(f.name for f in fields(OutlierRule))
 
@@ -52,6 +52,7 @@ def arc_at(table: Table, where: str) -> Arc | None:
     rule = OutlierRule(
         statistic=Statistic(name_at(given, "statistic", Statistic, where) or default.statistic),
         threshold=_share_at(given, "threshold", where),
+        element_threshold=_share_at(given, "element_threshold", where),
         token_threshold=_share_at(given, "token_threshold", where),
         channels=whole_number_at(given, "channels", where),
         fraction=_share_at(given, "fraction", where),

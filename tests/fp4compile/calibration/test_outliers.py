@@ -53,11 +53,12 @@ def test_their_number_is_rounded_up_and_bounded() -> None:
     assert chosen(ramp(), channels=64, most=0.25) is None and chosen(ramp(), channels=0) is None
 
 
-def test_a_share_of_the_tokens_own_maximum_counts_elements() -> None:
+def test_a_share_of_the_largest_counts_elements() -> None:
     x = torch.full((4, 128), 1.0)
     x[0, :32], x[1, 7] = 16.0, 16.0  # of token 0 an element in four, of token 1 one, of the others all are above an eighth
     share = (32 + 1 + 128 + 128) / 512
     assert chosen(x, token_threshold=0.125, multiple=16, most=1.0).count == math.ceil(share * 128 / 16) * 16
+    assert chosen(x, element_threshold=0.125, multiple=16, most=1.0).count == 16  # 33 of 512
 
 
 def test_blocks_stand_and_fall_with_their_largest_channel() -> None:

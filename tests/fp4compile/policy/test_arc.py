@@ -42,7 +42,7 @@ def test_a_policy_reads_back_and_an_exception_has_none() -> None:
 @pytest.mark.parametrize(
     ("arc", "error", "said"),
     [
-        ({}, WrongValue, "one of threshold, token_threshold, channels, fraction is needed"),
+        ({}, WrongValue, "one of threshold, element_threshold, token_threshold, channels, fraction is needed"),
         ({"channels": 64, "fraction": 0.1}, WrongValue, "one of threshold"),
         (True, WrongValue, "a table is needed"),
         ({"tau": 0.1}, UnknownName, "unknown key 'tau'"),
