@@ -15,6 +15,10 @@ E2M1_MAX: Final = 6.0
 INTEGER_VALUES: Final = tuple(float(v) for v in range(8))
 E4M3_MAX: Final = 448.0
 FP32_MAX: Final = torch.finfo(torch.float32).max
+# MS-EDEN (arXiv 2601.22813): values of one correction; how far block maxima are mapped beyond 6; the largest block scale before it.
+EDEN_GROUP: Final = 128
+EDEN_WIDEN: Final = 17 / 16 * 0.93
+EDEN_E4M3_BOUND: Final = 255.99
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +103,7 @@ class GlobalScale(StrEnum):
 class Rounding(StrEnum):
     NEAREST = "nearest"  # ties to the even code
     STOCHASTIC = "stochastic"
+    EDEN = "eden"  # nearest, and block scales that undo what it lost on average, rounded stochastically: see `reference/eden.py`
     GPTQ = "gptq"  # column by column, each error handed on to those that follow; needs calibration
 
 
@@ -107,6 +112,13 @@ class Signs(StrEnum):
 
     FIXED = "fixed"  # TransformerEngine's vector, for all layers and steps
     RANDOM = "random"  # drawn for each product in each backward
+
+
+class Source(StrEnum):
+    """Which values of an activation or a weight a backward product quantizes."""
+
+    ORIGINAL = "original"
+    FORWARD = "forward"  # those that the forward multiplied with: its codes, decoded
 
 
 class Layout(StrEnum):
@@ -130,6 +142,7 @@ _FLAGGED_RULES: Final = {
 
 _CHOICES: Final = (
     ("block", Block), ("scale_rule", ScaleRule), ("global_scale", GlobalScale), ("rounding", Rounding), ("signs", Signs),
+    ("source", Source),
 )  # fmt: skip
 
 
@@ -149,6 +162,7 @@ class QuantConfig:
     static_amax: float | None = None
     calibration: str = ""  # whose statistics it goes by: a key of `codegen/statistics.py`; empty where it needs none
     signs: Signs = Signs.FIXED  # passes spell random ones as a product before the rotation: operators know the fixed ones only
+    source: Source = Source.ORIGINAL  # passes spell the other as a product in front of the operator
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
@@ -170,6 +184,7 @@ class QuantConfig:
             *self._calibration_conflicts(),
             *self._format_conflicts(),
             *self._flagged_conflicts(),
+            *self._eden_conflicts(),
             *self._pair_conflicts(),
             *self._soar_conflicts(),
             *self._static_conflicts(),
@@ -218,10 +233,33 @@ class QuantConfig:
                 "Use one of those, or format = 'nvfp4'.",
             ),
             (
-                bool(self.fmt.flagged_values) and self.rounding is Rounding.STOCHASTIC,
-                "rounding = stochastic",
+                bool(self.fmt.flagged_values) and self.draws,
+                f"rounding = {self.rounding}",
                 "Choosing the kind of a block between two random draws is biased.",
                 "Use format = 'nvfp4' on the stochastic operand.",
+            ),
+        )
+
+    def _eden_conflicts(self) -> tuple[tuple[bool, str, str, str], ...]:
+        eden, found = self.rounding is Rounding.EDEN, "rounding = eden"
+        return (
+            (
+                eden and self.format == "mxfp4",
+                f"{found} with format = mxfp4",
+                "It corrects block scales, which a power of two is too coarse for.",
+                "Use format = 'nvfp4', or rounding = 'stochastic'.",
+            ),
+            (
+                eden and self.scale_rule is not ScaleRule.AMAX,
+                f"{found} with scale_rule = {self.scale_rule}",
+                "EDEN maps block maxima as its own correction wants, and a scale chosen by its error is biased.",
+                "Leave scale_rule out.",
+            ),
+            (
+                eden and self.is_tile,
+                f"{found} with block = 16x16",
+                "Its corrections are those of 128 values of one row.",
+                "Use block = '1x16'.",
             ),
         )
 
@@ -312,9 +350,19 @@ class QuantConfig:
         return self.block == Block.TILE16
 
     @property
+    def draws(self) -> bool:
+        """Whether it takes random numbers, and so a seed."""
+        return self.rounding in (Rounding.STOCHASTIC, Rounding.EDEN)
+
+    @property
     def k_multiple(self) -> int:
         """The contraction length is zero-padded to a multiple of this, inside the operator."""
-        return max(self.fmt.block, self.hadamard)
+        return max(self.fmt.block, self.hadamard, EDEN_GROUP if self.rounding is Rounding.EDEN else 0)
+
+    @property
+    def encode_bound(self) -> float:
+        """What the global scale maps the largest magnitude to: an element's bound times that of a block scale."""
+        return E2M1_MAX / EDEN_WIDEN * EDEN_E4M3_BOUND if self.rounding is Rounding.EDEN else E2M1_MAX * self.scale_rule.e4m3_bound
 
     def describe(self) -> str:
         """Short text for reports: what differs from plain nearest rounding."""
@@ -323,10 +371,11 @@ class QuantConfig:
             "16x16" if self.is_tile else "",
             "" if self.scale_rule is ScaleRule.AMAX else str(self.scale_rule),
             "" if self.global_scale is GlobalScale.TENSOR else str(self.global_scale),
-            "sr" if self.rounding is Rounding.STOCHASTIC else "",
+            {Rounding.STOCHASTIC: "sr", Rounding.EDEN: "eden"}.get(self.rounding, ""),
             f"h{self.hadamard}" if self.hadamard else "",
             "gptq" if self.rounding is Rounding.GPTQ else "",
             "random signs" if self.signs is Signs.RANDOM else "",
+            "of the forward's" if self.source is Source.FORWARD else "",
         ]
         return "+".join(e for e in extras if e)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.library import Library, register_fake
 
 from fp4compile.codegen.cpu import launch as cpu
-from fp4compile.codegen.formats import FORMATS, GlobalScale, QuantConfig, Signs, round_up
+from fp4compile.codegen.formats import FORMATS, GlobalScale, QuantConfig, Signs, Source, round_up
 from fp4compile.codegen.reference.block import dequantize_ref, quantize_ref
 from fp4compile.codegen.reference.layout import laid_out_shapes, lay_out_ref, plain_ref, rows_of
 from fp4compile.codegen.statistics import quantize_calibrated
@@ -60,6 +60,7 @@ def quantize_args(config: QuantConfig) -> tuple[object, ...]:
     """The operator arguments, after `x` and `axis`, that spell `config`."""
     c = config
     assert c.signs is Signs.FIXED, "random signs are a product in front of the operator"
+    assert c.source is Source.ORIGINAL, "what the forward multiplied with is a value like others"
     return (c.format, str(c.block), str(c.scale_rule), str(c.global_scale), str(c.rounding), c.hadamard, c.static_amax)
 
 
@@ -89,7 +90,7 @@ def _quantize_fake(
     fmt = FORMATS[format]
     rows, k = (x.shape[-2], x.shape[-1]) if axis == -1 else (x.shape[-1], x.shape[-2])
     batch = x.shape[:-2]
-    padded = round_up(k, max(fmt.block, hadamard))
+    padded = round_up(k, config_of(format, block, scale_rule, global_scale, rounding, hadamard, static_amax).k_multiple)
     per_row = (rows,) if global_scale == GlobalScale.ROW else ()
     codes, scales = laid_out_shapes(rows, padded // 2, padded // fmt.block, layout)
     return (

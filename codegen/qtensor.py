@@ -22,7 +22,7 @@ class ShapeTooSmall(Fp4CompileError, ValueError):
 
 
 class SeedMissing(Fp4CompileError, ValueError):
-    template = "quantize: rounding = 'stochastic' draws from a seed. Pass seed=<int>; the same seed gives the same codes."
+    template = "quantize: rounding = '{rounding}' draws from a seed. Pass seed=<int>; the same seed gives the same codes."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ def quantize(
     scale_rule: "amax", or "four_over_six" with "_mae" or "_absmax" (arXiv 2512.02010); searches for weights: "sweep", "soar",
     "soar_decoupled".
     global_scale: "tensor", "row", or "static" with `static_amax`.
-    rounding: "nearest", or "stochastic" with `seed`. hadamard: 0, or rotate groups of 16, 32, 64, 128 first.
+    rounding: "nearest", or "stochastic" or "eden" (arXiv 2601.22813) with `seed`. hadamard: 0, or rotate groups of 16, 32, 64, 128 first.
 
     Raises `UnknownName`, `IllegalCombination`, `UnsupportedDtype`, `ShapeTooSmall` or `SeedMissing`.
     """
@@ -92,8 +92,8 @@ def quantize(
         raise UnsupportedDtype(where="quantize", found=x.dtype, fmt=FORMATS[format].name)
     if x.ndim < 2:
         raise ShapeTooSmall(found=tuple(x.shape))
-    if rounding == "stochastic" and seed is None:
-        raise SeedMissing
+    if config.draws and seed is None:
+        raise SeedMissing(rounding=rounding)
     seed_tensor = None if seed is None else torch.tensor(seed, dtype=torch.int64, device=x.device)
     codes, scales, decode = ops.QUANTIZE(x, axis, *ops.quantize_args(config), seed_tensor)
     return QTensor(codes=codes, scales=scales, global_scale=decode, config=config, shape=x.shape, dtype=x.dtype, axis=axis)

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from fp4compile.codegen import ops
-from fp4compile.codegen.formats import QuantConfig, Rounding
+from fp4compile.codegen.formats import QuantConfig
 from fp4compile.passes.base import Pass, PassContext, PassResult
 from fp4compile.passes.insert import call, size_node
 from fp4compile.passes.site import CodesOf, Operand, Site, fake_of, plan_of, set_codes_of, set_plan, set_site, site_of
@@ -47,8 +47,8 @@ class _Places:
     def __init__(self, graph: fx.Graph, planned: list[fx.Node]) -> None:
         self.graph = graph
         self.last_input = [n for n in graph.nodes if n.op == "placeholder"][-1] if planned else None
-        drawing = [n for n in planned if any(_is_stochastic(c) for c in _configs(n))]
-        self.count = sum(_is_stochastic(c) for n in drawing for c in _configs(n))
+        drawing = [n for n in planned if any(_draws(c) for c in _configs(n))]
+        self.count = sum(_draws(c) for n in drawing for c in _configs(n))
         self.used = 0
         self.replaced: dict[fx.Node, fx.Node] = {}
         if drawing:
@@ -83,8 +83,8 @@ class _Places:
         return (f"{self.count} operands are rounded stochastically",) if self.count else ()
 
 
-def _is_stochastic(config: QuantConfig | None) -> bool:
-    return config is not None and config.rounding is Rounding.STOCHASTIC
+def _draws(config: QuantConfig | None) -> bool:
+    return config is not None and config.draws
 
 
 def _configs(node: fx.Node) -> tuple[QuantConfig | None, QuantConfig | None]:
@@ -97,7 +97,7 @@ def _drawing_operands(node: fx.Node) -> list[Operand]:
     site = site_of(node)
     assert site is not None
     pairs = zip((site.lhs, site.rhs), _configs(node), strict=True)
-    return [operand for operand, config in pairs if operand is not None and _is_stochastic(config)]
+    return [operand for operand, config in pairs if operand is not None and _draws(config)]
 
 
 def _rewrite(node: fx.Node, places: _Places) -> None:
@@ -129,17 +129,25 @@ def _quantized(node: fx.Node, operand: Operand, config: QuantConfig | None, plac
     """(codes, scales, global scale) of `operand`, placed as early as possible so that all its readers can share them."""
     if config is None:
         return None
-    graph, tag = node.graph, operand.source.meta.get("partitioner_tag")
+    tag = operand.source.meta.get("partitioner_tag")
     place = places.after(operand.source)
-    with graph.inserting_after(place):
-        seed = places.seed(node, tag) if _is_stochastic(config) else None
+    with node.graph.inserting_after(place):
+        seed = places.seed(node, tag) if _draws(config) else None
+    return insert_codes(operand, config, like=node, after=seed or place, seed=seed)
+
+
+def insert_codes(
+    operand: Operand, config: QuantConfig, *, like: fx.Node, after: fx.Node, seed: fx.Node | None = None
+) -> tuple[fx.Node, ...]:
+    """(codes, scales, global scale) of `operand`, behind the node `after`. `config` has no rotation."""
+    graph, tag = after.graph, operand.source.meta.get("partitioner_tag")
     args = (operand.source, operand.axis, *ops.quantize_args(config), seed)
-    with graph.inserting_after(seed or place):
-        packed = call(graph, ops.QUANTIZE, args, ops.quantize_keywords(config), like=node, tag=tag, source=operand.source)
+    with graph.inserting_after(after):
+        packed = call(graph, ops.QUANTIZE, args, like=like, tag=tag, source=operand.source)
     parts: list[fx.Node] = []
     for index in range(3):
         with graph.inserting_after(parts[-1] if parts else packed):
-            parts.append(call(graph, operator.getitem, (packed, index), like=node, tag=tag, source=operand.source))
+            parts.append(call(graph, operator.getitem, (packed, index), like=like, tag=tag, source=operand.source))
         set_codes_of(parts[-1], _in_place_of(operand.source))
     return tuple(parts)
 

@@ -22,6 +22,7 @@ from fp4compile.passes.lower_convolutions import LowerConvolutions
 from fp4compile.passes.normalize import Normalize
 from fp4compile.passes.pair_axes import PairAxes
 from fp4compile.passes.record import PassRecord
+from fp4compile.passes.requantize_forward import RequantizeForward
 from fp4compile.passes.select_kernels import SelectKernels
 from fp4compile.passes.share_quantize import ShareQuantize
 from fp4compile.passes.verify import verify
@@ -34,6 +35,7 @@ ANALYSIS: Final[tuple[Pass, ...]] = (
 PIPELINE: Final[tuple[Pass, ...]] = (
     *ANALYSIS,
     LowerConvolutions(),  # before rotating: from here on every planned site is a product of two matrices
+    RequantizeForward(),  # before rotating: what is rotated is what the forward multiplied with
     InsertHadamard(),  # before quantizing: what is quantized is the rotated value
     InsertQuantize(),
     AddResiduals(),  # before sharing: each quantize node still belongs to one product

@@ -32,7 +32,7 @@ _LOG: Final = logging.getLogger("fp4compile.codegen.cpu")
 _KIND: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2, torch.float8_e8m0fnu: 3}
 _DECODED: Final = _KIND | {torch.uint8: 4, torch.int8: 5}  # MixFP4 with NVINT4, and IF4: no product reads them, they are decoded for BLAS
 _DENSE: Final = (torch.float32, torch.bfloat16)
-_RULE: Final = {"amax": 0, "four_over_six": 1, "four_over_six_mae": 2, "four_over_six_absmax": 3, "amax_17_16": 4}
+_RULE: Final = {"amax": 0, "four_over_six": 1, "four_over_six_mae": 2, "four_over_six_absmax": 3, "amax_17_16": 4, "eden": 5}
 _GRANULARITY: Final = {"tensor": 0, "row": 1, "static": 2}
 _FEW_ROWS: Final = 8
 _DECODED_AT_ONCE: Final = 1 << 21  # float32 weights handed to BLAS: 8 MiB, which stay in a cache
@@ -293,7 +293,7 @@ def quantize(
             padded,
             _KIND[x.dtype],
             _KIND[fmt.scale_dtype],
-            _RULE[config.scale_rule],
+            _RULE["eden" if config.rounding is Rounding.EDEN else config.scale_rule],
             _GRANULARITY[config.global_scale],
             16 if config.is_tile else 1,
             config.rounding is Rounding.STOCHASTIC,

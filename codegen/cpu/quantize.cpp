@@ -10,10 +10,12 @@ namespace {
 
 constexpr uint32_t INFINITE = 0x7F800000, MAGNITUDE = 0x7FFFFFFF;
 constexpr float LARGEST = 3.4028234663852886e38f, ONE_SIXTH = 1.0f / 6;
+// codegen/formats.py: 6 / EDEN_WIDEN * EDEN_E4M3_BOUND, and EDEN_WIDEN / 6.
+constexpr float EDEN_BOUND = 6 / (17.0 / 16 * 0.93) * 255.99, EDEN_SIXTH = 17.0 / 16 * 0.93 / 6;
 
-enum Rule : int64_t { AMAX = 0, SQUARED = 1, ABSOLUTE = 2, MAXIMUM = 3, AMAX_17_16 = 4 };
+enum Rule : int64_t { AMAX = 0, SQUARED = 1, ABSOLUTE = 2, MAXIMUM = 3, AMAX_17_16 = 4, EDEN = 5 };
 
-constexpr bool tries_two(Rule rule) { return rule != AMAX && rule != AMAX_17_16; }
+constexpr bool tries_two(Rule rule) { return rule == SQUARED || rule == ABSOLUTE || rule == MAXIMUM; }
 enum Granularity : int64_t { TENSOR = 0, ROW = 1, STATIC = 2 };
 
 // Field for field what launch.py packs.
@@ -197,7 +199,7 @@ struct TensorScale {
 };
 
 TensorScale tensor_scale(float amax, const Quantize& q) {
-  const float bound = 6 * (tries_two(q.rule) ? 256.0f : 448.0f);
+  const float bound = q.rule == EDEN ? EDEN_BOUND : 6 * (tries_two(q.rule) ? 256.0f : 448.0f);
   const float encode = amax == 0 ? 1.0f : std::min(bound / amax, LARGEST);
   return {encode, 1.0f / encode};
 }
@@ -207,8 +209,8 @@ struct Choice {
   Lanes byte;
   FloatLanes scale, multiplier;
 
-  Choice(const Lanes& amax, const TensorScale& tensor, float widen) {
-    const float to_target = tensor.encode * ONE_SIXTH;
+  Choice(const Lanes& amax, const TensorScale& tensor, float widen, float sixth = ONE_SIXTH) {
+    const float to_target = tensor.encode * sixth;
     for (int g = 0; g < 16; ++g) {
       const float target = float_of(amax[g]) * to_target * widen;
       const Rounded stored = round_e4m3(target < 448.0f ? target : 448.0f);
@@ -241,6 +243,40 @@ void take_better(const Quantize& q, const Source* x, int64_t at, int64_t count, 
   }
 }
 
+// 0 <= target <= 448, raised by `random` / 2^20 of a step, to the e4m3 code below.
+uint32_t stochastic_e4m3(float target, uint32_t random) {
+  const float step = std::max(float_of(bits_of(target) & INFINITE) * 0.125f, 0x1p-9f);
+  const float raised = target + static_cast<float>(static_cast<int32_t>(random & 0xFFFFF)) * 0x1p-20f * step;
+  return raised < 0x1p-6f ? static_cast<uint32_t>(static_cast<int32_t>(raised * 512)) : (bits_of(raised) >> 20) - (120 << 3);
+}
+
+// codegen/reference/eden.py for 16 groups of a row from block `first` of the tensor on: eight and eight are corrected together.
+void correct_scales(const Quantize& q, const Groups& groups, uint32_t first, const TensorScale& tensor, Choice& choice) {
+  float length[16][16], projection[16][16];
+  for (int e = 0; e < 16; ++e) {
+    for (int g = 0; g < 16; ++g) {
+      const float magnitude = std::fabs(groups.x[e][g]), scaled = magnitude * tensor.encode;
+      length[e][g] = scaled * scaled;
+      projection[e][g] = scaled * (round_e2m1(magnitude * choice.multiplier[g]).value * choice.scale[g]);
+    }
+  }
+  Groups::fold<SQUARED>(length);
+  Groups::fold<SQUARED>(projection);
+  Lanes random[4];
+  draw(static_cast<uint64_t>(q.seed), first, random);
+  for (int from = 0; from < 16; from += 8) {
+    float *l = length[0] + from, *p = projection[0] + from;
+    for (int width = 4; width > 0; width /= 2) {
+      for (int i = 0; i < width; ++i) l[i] = l[2 * i] + l[2 * i + 1], p[i] = p[2 * i] + p[2 * i + 1];
+    }
+    const float ratio = p[0] > 0 ? l[0] / p[0] : 1.0f, correction = ratio < INFINITY ? ratio : 1.0f;
+    for (int g = from; g < from + 8; ++g) {
+      const float target = choice.scale[g] * correction;
+      choice.byte[g] = stochastic_e4m3(target < 448.0f ? target : 448.0f, random[0][g]);
+    }
+  }
+}
+
 // What one thread does at a time: groups [begin, end) of 1 row, or of up to 16 rows that share their block scales.
 struct Strip {
   int64_t matrix, row, rows, begin, end;
@@ -256,7 +292,8 @@ void quantize_nvfp4_strip_by(const Quantize& q, const Strip& strip, const Tensor
     const Groups head(x, 16 * at, q.k);
     head.add_amax_bits(amax);
     for (int64_t r = 1; r < count; ++r) Groups(x + r * q.k, 16 * at, q.k).add_amax_bits(amax);
-    Choice choice(amax, tensor, rule == AMAX_17_16 ? 1.0625f : 1.0f);
+    Choice choice(amax, tensor, rule == AMAX_17_16 ? 1.0625f : 1.0f, rule == EDEN ? EDEN_SIXTH : ONE_SIXTH);
+    if constexpr (rule == EDEN) correct_scales(q, head, static_cast<uint32_t>(first * blocks + at), tensor, choice);
     if constexpr (tries_two(rule)) take_better<rule>(q, x, 16 * at, count, tensor, Choice(amax, tensor, 1.5f), choice);
     uint8_t bytes[16];
     for (int g = 0; g < 16; ++g) {
@@ -274,6 +311,7 @@ void quantize_nvfp4_strip(const Quantize& q, const Strip& strip, const TensorSca
   switch (q.rule) {
     case AMAX: return quantize_nvfp4_strip_by<AMAX, Source>(q, strip, tensor);
     case AMAX_17_16: return quantize_nvfp4_strip_by<AMAX_17_16, Source>(q, strip, tensor);
+    case EDEN: return quantize_nvfp4_strip_by<EDEN, Source>(q, strip, tensor);
     case SQUARED: return quantize_nvfp4_strip_by<SQUARED, Source>(q, strip, tensor);
     case ABSOLUTE: return quantize_nvfp4_strip_by<ABSOLUTE, Source>(q, strip, tensor);
     case MAXIMUM: return quantize_nvfp4_strip_by<MAXIMUM, Source>(q, strip, tensor);

@@ -47,6 +47,12 @@ def block_error(difference, SCALE_RULE: tl.constexpr, TILE: tl.constexpr, A: tl.
 
 
 @triton.jit
+def lane_sum(x, A: tl.constexpr, B: tl.constexpr, N: tl.constexpr):
+    """Sum of float32 `x` [A, B, N] over its last dimension, [A, B], as a tree of adjacent pairs."""
+    return _fold(x, "sum", A, B, N)
+
+
+@triton.jit
 def _fold(x, HOW: tl.constexpr, A: tl.constexpr, B: tl.constexpr, N: tl.constexpr):
     if N == 1:
         return tl.reshape(x, [A, B])
@@ -66,6 +72,15 @@ def _over_tile_rows(x, HOW: tl.constexpr, TILE: tl.constexpr, A: tl.constexpr, B
     else:
         folded = _fold(tl.reshape(x, [A, B // 16, 16]), HOW, A, B // 16, 16)
         return tl.reshape(tl.broadcast_to(folded[:, :, None], [A, B // 16, 16]), [A, B])
+
+
+@triton.jit
+def scale_fractions(seed, block):
+    """Fractions k / 2^20, float32 in the shape of `block`: 20 bits of the first word for counters (block, 0, 0, 0)."""
+    counter = block.to(tl.uint32)
+    zero = tl.zeros_like(counter)
+    word, _, _, _ = tl.philox(seed, counter, zero, zero, zero)
+    return (word & 0x000FFFFF).to(tl.int32).to(tl.float32) * 9.5367431640625e-07
 
 
 @triton.jit

@@ -14,6 +14,7 @@ from fp4compile.codegen.kernels._tile_e2m1 import (
     words_of_codes,
     words_of_values,
 )
+from fp4compile.codegen.kernels._tile_eden import eden_groups
 from fp4compile.codegen.kernels._tile_minifloat import bits_float, float_bits
 from fp4compile.codegen.kernels._tile_scale import cap, reciprocal, round_e4m3, swizzled_offset
 
@@ -27,25 +28,32 @@ def quantize_tile(
     """Quantize and store `x` [A, B, UNIT], whose first row and unit are `row` and `unit` of matrix `batch`.
 
     `encode` and `decode`, S and its reciprocal, broadcast to [A, B]. `groups` are the blocks of a row; scales are stored, as zeros, up to
-    (`row_span`, `group_span`).
+    (`row_span`, `group_span`). SCALE_RULE "eden" stands for the rounding of that name.
     """
     BLOCK: tl.constexpr = 16 if FORMAT == "nvfp4" else 32
     GROUPS_A: tl.constexpr = A * (UNIT // BLOCK) if ACROSS else A
     GROUPS_B: tl.constexpr = B if ACROSS else B * (UNIT // BLOCK)
     ROWS: tl.constexpr = GROUPS_B if ACROSS else GROUPS_A
     GROUPS: tl.constexpr = GROUPS_A if ACROSS else GROUPS_B
-    if ACROSS and UNIT > BLOCK:
-        x = tl.permute(tl.reshape(x, [A, B, UNIT // BLOCK, BLOCK]), (0, 2, 1, 3))
-    x = tl.reshape(x, [GROUPS_A, GROUPS_B, BLOCK])
     first_group = unit * (UNIT // BLOCK)
-    random = 0.0
-    if STOCHASTIC:
-        random = _random(seed_ptr, batch, row, first_group, rows, groups, BLOCK, ACROSS, GROUPS_A, GROUPS_B)
-    if FORMAT == "nvfp4":
-        TILE: tl.constexpr = (2 if ACROSS else 1) if IS_TILE else 0
-        codes, byte = _nvfp4_blocks(x, encode, decode, random, SCALE_RULE, TILE, STOCHASTIC, CAPABILITY, GROUPS_A, GROUPS_B)
+    if SCALE_RULE == "eden":
+        tl.static_assert(UNIT == 128)
+        codes, byte = eden_groups(x, encode, decode, seed_ptr, batch, row, unit, rows, groups, CAPABILITY, ACROSS, A, B)
+        if ACROSS:
+            codes, byte = tl.permute(codes, (0, 2, 1)), tl.permute(byte, (0, 2, 1))
+        codes, byte = tl.reshape(codes, [GROUPS_A, GROUPS_B]), tl.reshape(byte, [GROUPS_A, GROUPS_B])
     else:
-        codes, byte = _mxfp4_blocks(x, random, STOCHASTIC, CAPABILITY, GROUPS_A, GROUPS_B)
+        if ACROSS and UNIT > BLOCK:
+            x = tl.permute(tl.reshape(x, [A, B, UNIT // BLOCK, BLOCK]), (0, 2, 1, 3))
+        x = tl.reshape(x, [GROUPS_A, GROUPS_B, BLOCK])
+        random = 0.0
+        if STOCHASTIC:
+            random = _random(seed_ptr, batch, row, first_group, rows, groups, BLOCK, ACROSS, GROUPS_A, GROUPS_B)
+        if FORMAT == "nvfp4":
+            TILE: tl.constexpr = (2 if ACROSS else 1) if IS_TILE else 0
+            codes, byte = _nvfp4_blocks(x, encode, decode, random, SCALE_RULE, TILE, STOCHASTIC, CAPABILITY, GROUPS_A, GROUPS_B)
+        else:
+            codes, byte = _mxfp4_blocks(x, random, STOCHASTIC, CAPABILITY, GROUPS_A, GROUPS_B)
     _store(
         codes_ptr, scales_ptr, codes, byte, batch, row, first_group, rows, groups, row_span, group_span,
         BLOCK, SWIZZLED, ACROSS, ROWS, GROUPS,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fp4compile.codegen.errors import Fp4CompileError, UnsupportedDtype
-from fp4compile.codegen.formats import E2M1_MAX, GlobalScale, Layout, QuantConfig, Rounding, round_up
+from fp4compile.codegen.formats import GlobalScale, Layout, QuantConfig, Rounding, round_up
 from fp4compile.codegen.kernels.kernel_call import KernelCall
 from fp4compile.codegen.kernels.quantize import amax_kernel, hadamard_kernel, quantize_here_kernel, quantize_kernel
 from fp4compile.codegen.kernels.quantize_tiles import Tile, View, multiprocessors, power_of_two, steps, tile_of, tile_of_rows
@@ -116,10 +116,11 @@ class Plan:
     @functools.cached_property
     def arithmetic(self) -> dict[str, Any]:
         config, (row_span, group_span) = self.config, self.span
+        eden = config.rounding is Rounding.EDEN
         return {
-            "groups": self.groups, "row_span": row_span, "group_span": group_span, "BOUND": E2M1_MAX * config.scale_rule.e4m3_bound,
-            "IS_TILE": config.is_tile, "SCALE_RULE": str(config.scale_rule), "STOCHASTIC": config.rounding is Rounding.STOCHASTIC,
-            "SWIZZLED": self.swizzled, "CAPABILITY": self.capability,
+            "groups": self.groups, "row_span": row_span, "group_span": group_span, "BOUND": config.encode_bound,
+            "IS_TILE": config.is_tile, "SCALE_RULE": "eden" if eden else str(config.scale_rule),
+            "STOCHASTIC": config.rounding is Rounding.STOCHASTIC, "SWIZZLED": self.swizzled, "CAPABILITY": self.capability,
         }  # fmt: skip
 
     @functools.cached_property
@@ -226,7 +227,7 @@ def quantize(
 def _in_pieces(x: Tensor, batch_shape: torch.Size, axis: int, *config: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Of more matrices than a grid has room for. Random bytes are numbered through the whole batch, so draws cannot be cut."""
     *config, layout = config
-    if config_of(*config).rounding is Rounding.STOCHASTIC:
+    if config_of(*config).draws:
         raise TooManyMatrices(found=x.shape[0], most=MOST_MATRICES)
     parts = [quantize(piece, axis, *config, layout=layout) for piece in x.split(MOST_MATRICES)]
     codes, scales, decode = (torch.cat([t.view(torch.uint8) if t.itemsize == 1 else t for t in each]) for each in zip(*parts, strict=True))
@@ -249,14 +250,14 @@ def _of_nothing(x: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
     amax = plan.config.static_amax
     if amax is None:
         return codes, scales, decode.fill_(1.0)
-    bound = decode.new_full((), E2M1_MAX * plan.config.scale_rule.e4m3_bound)
+    bound = decode.new_full((), plan.config.encode_bound)
     return codes, scales, decode.copy_(1 / (bound / amax).clamp(max=torch.finfo(torch.float32).max))
 
 
 def seed_of(plan: Plan, seed: Tensor | None) -> Tensor | None:
-    stochastic = plan.config.rounding is Rounding.STOCHASTIC
-    assert not stochastic or (seed is not None and seed.dtype is torch.int64), "stochastic rounding draws from an int64 seed"
-    return seed if stochastic else None
+    draws = plan.config.draws
+    assert not draws or (seed is not None and seed.dtype is torch.int64), "stochastic rounding draws from an int64 seed"
+    return seed if draws else None
 
 
 def amax_of(x: Tensor, plan: Plan) -> Tensor:

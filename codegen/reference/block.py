@@ -26,6 +26,7 @@ from fp4compile.codegen.reference.block_scales import (
     stored_scales,
 )
 from fp4compile.codegen.reference.e2m1 import encode_nearest_ref, encode_stochastic_ref, pack_ref, unpack_ref
+from fp4compile.codegen.reference.eden import EDEN_SIXTH, eden_scales_ref
 from fp4compile.codegen.reference.hadamard import hadamard_ref
 from fp4compile.codegen.reference.philox import philox_bytes_ref
 from fp4compile.codegen.reference.scale_search import quantize_by_search_ref
@@ -37,7 +38,7 @@ def quantize_ref(x: Tensor, config: QuantConfig, *, axis: int = -1, seed: Tensor
 
     Returns codes (..., R', Kp/2) uint8, scales (..., R', Kp/block) and the decode multiplier (...) float32, or (..., R') where
     `config.global_scale` is `row`; R' is the other dimension and Kp is K padded with zeros. Each leading index is a matrix of its
-    own. `seed`, an int64 scalar tensor, is needed for stochastic rounding.
+    own. `seed`, an int64 scalar tensor, is needed where `config.draws`.
     """
     x = x if axis == -1 else x.mT
     x = F.pad(x, (0, round_up(x.shape[-1], config.k_multiple) - x.shape[-1]))
@@ -49,8 +50,12 @@ def quantize_ref(x: Tensor, config: QuantConfig, *, axis: int = -1, seed: Tensor
         search = quantize_soar_ref if config.scale_rule.startswith("soar") else quantize_by_search_ref
         codes, scales, global_scale = search(x, config)
     else:
+        assert seed is not None or not config.draws, f"{config.rounding} rounding draws from a seed"
         encode = _encoder(config, x, seed)
-        codes, scales, global_scale = (_quantize_nvfp4 if config.fmt.has_global_scale else _quantize_mxfp4)(x, config, encode)
+        if config.fmt.has_global_scale:
+            codes, scales, global_scale = _quantize_nvfp4(x, config, encode, seed)
+        else:
+            codes, scales, global_scale = _quantize_mxfp4(x, config, encode)
     return pack_ref(codes), scales, global_scale
 
 
@@ -64,16 +69,15 @@ def dequantize_ref(codes: Tensor, scales: Tensor, global_scale: Tensor | None = 
 
 
 def _encoder(config: QuantConfig, x: Tensor, seed: Tensor | None) -> Encoder:
-    if config.rounding is Rounding.NEAREST:
+    if config.rounding is not Rounding.STOCHASTIC or seed is None:
         return encode_nearest_ref
-    assert seed is not None, "stochastic rounding draws from a seed"
     random_byte = philox_bytes_ref(seed, x.numel() // 16).view(x.shape)
     return lambda y: encode_stochastic_ref(y, random_byte)
 
 
-def _quantize_nvfp4(x: Tensor, config: QuantConfig, encode: Encoder) -> tuple[Tensor, Tensor, Tensor]:
+def _quantize_nvfp4(x: Tensor, config: QuantConfig, encode: Encoder, seed: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     encode_scale = finite_encode_scale(x, config)
-    return *nvfp4_blocks(x, encode_scale, config, encode), 1 / encode_scale
+    return *nvfp4_blocks(x, encode_scale, config, encode, seed), 1 / encode_scale
 
 
 def finite_encode_scale(x: Tensor, config: QuantConfig) -> Tensor:
@@ -81,13 +85,15 @@ def finite_encode_scale(x: Tensor, config: QuantConfig) -> Tensor:
     return encode_scale_of(torch.where(torch.isfinite(x), x.abs(), 0.0), config)
 
 
-def nvfp4_blocks(x: Tensor, encode_scale: Tensor, config: QuantConfig, encode: Encoder) -> tuple[Tensor, Tensor]:
+def nvfp4_blocks(
+    x: Tensor, encode_scale: Tensor, config: QuantConfig, encode: Encoder, seed: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Codes, one an element, and scales of float32 `x` (..., R, Kp) whose S is `encode_scale`."""
     by_block = by_matrix(encode_scale, x.ndim)
     decode_by_block = 1 / by_block
 
     block_max = spread_over_tiles(x.abs().unflatten(-1, (-1, 16)).amax(-1), config, torch.amax)  # b
-    target = block_max * (by_block * ONE_SIXTH)
+    target = block_max * (by_block * (EDEN_SIXTH if config.rounding is Rounding.EDEN else ONE_SIXTH))
     if config.scale_rule is ScaleRule.AMAX_17_16:
         target = target * (17 / 16)
     scale = nearest_e4m3(target)
@@ -100,6 +106,9 @@ def nvfp4_blocks(x: Tensor, encode_scale: Tensor, config: QuantConfig, encode: E
         take_4 = error_4 < error_6
         scale = torch.where(take_4, scale_4, scale)
         codes = torch.where(take_4.repeat_interleave(16, -1), codes_4, codes)
+
+    if config.rounding is Rounding.EDEN and seed is not None:
+        scale = eden_scales_ref(x * by_block, codes, scale, seed)
 
     # A NaN in the block maximum is any non-finite element of the block: amax keeps NaN, and Inf is caught here.
     return codes, stored_scales(scale, torch.isfinite(block_max), torch.float8_e4m3fn)

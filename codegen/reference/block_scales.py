@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fp4compile.codegen.formats import E2M1_MAX, E4M3_MAX, FP32_MAX, GlobalScale, QuantConfig, ScaleRule, round_up
+from fp4compile.codegen.formats import E4M3_MAX, FP32_MAX, GlobalScale, QuantConfig, ScaleRule, round_up
 from fp4compile.codegen.reference.e2m1 import decode_ref
 
 Encoder = Callable[[Tensor], Tensor]
@@ -22,7 +22,7 @@ _NAN_BYTE = {torch.float8_e4m3fn: 0x7F, torch.float8_e8m0fnu: 0xFF}
 
 def encode_scale_of(finite_magnitude: Tensor, config: QuantConfig) -> Tensor:
     """S of each matrix (...), or of each row (..., R) where `config.global_scale` is `row`."""
-    bound = E2M1_MAX * config.scale_rule.e4m3_bound
+    bound = config.encode_bound
     if config.global_scale is GlobalScale.STATIC:
         amax = torch.full(finite_magnitude.shape[:-2], config.static_amax or 0.0, device=finite_magnitude.device)
     else:

@@ -7,6 +7,9 @@ from typing import Any
 
 NEAREST = {"gradient": {"rounding": "nearest"}}
 FOUR_OVER_SIX = {"scale_rule": "four_over_six_mae"}
+RANDOM_128 = {"hadamard": 128, "signs": "random"}
+EDEN = {"rounding": "eden"}
+EDEN_OF_FORWARD = {"rounding": "eden", "scale_rule": "amax", "source": "forward"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,5 +45,19 @@ RECIPES = {
     "four_over_six": Recipe(
         description="with Four Over Six on activations and weights (arXiv 2512.02010)",
         policy={"default": {"activation": FOUR_OVER_SIX, "weight": FOUR_OVER_SIX}},
+    ),
+    "quartet2": Recipe(
+        description="Quartet II: MS-EDEN on all operands of the backward (arXiv 2601.22813)",
+        policy={
+            "default": {"activation": FOUR_OVER_SIX, "weight": {"block": "1x16", **FOUR_OVER_SIX}},
+            "training": {
+                "dgrad": {**RANDOM_128, "gradient": EDEN, "weight": EDEN_OF_FORWARD},
+                "wgrad": {**RANDOM_128, "gradient": EDEN, "activation": EDEN_OF_FORWARD},
+            },
+        },
+    ),
+    "mxfp4_train": Recipe(
+        description="MXFP4: blocks of 32, Hadamard 32 on wgrad",
+        policy={"default": {"format": "mxfp4"}, "training": {"wgrad": {"hadamard": 32}}},
     ),
 }

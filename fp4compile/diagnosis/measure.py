@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fp4compile.codegen import ops
-from fp4compile.codegen.formats import QuantConfig, Rounding, Signs, round_up
+from fp4compile.codegen.formats import QuantConfig, Signs, round_up
 from fp4compile.codegen.reference.block import dequantize_ref
 
 Packed = tuple[Tensor, Tensor, Tensor]  # codes, scales, global scale
@@ -104,7 +104,7 @@ def measure(x: Tensor, config: QuantConfig, *, axis: int, draws: int, signs: Ten
     the first draw are returned.
     """
     source, rest = rotated(x, config, axis, signs)
-    stochastic = config.rounding is Rounding.STOCHASTIC
+    stochastic = config.draws
     seeds = torch.randint(2**62, (max(draws, 1),), device=x.device).unbind() if stochastic else (None,)
     packed = _calibrated(x, config, axis) if config.needs_moments else ops.QUANTIZE(source, -1, *ops.quantize_args(rest), seeds[0])
     first = _values(packed, source)

@@ -10,7 +10,7 @@ from typing import Final
 
 from fp4compile.calibration.source import CalibrationSource
 from fp4compile.codegen.errors import IllegalCombination
-from fp4compile.codegen.formats import FORMATS, FP32_MAX, HADAMARD_SIZES, Block, GlobalScale, Rounding, ScaleRule, Signs
+from fp4compile.codegen.formats import FORMATS, FP32_MAX, HADAMARD_SIZES, Block, GlobalScale, Rounding, ScaleRule, Signs, Source
 from fp4compile.passes.site import OperandKind, Role
 from fp4compile.policy.arc import arc_at
 from fp4compile.policy.pattern import compile_pattern, depth_range
@@ -295,6 +295,7 @@ def _operand(table: Table | None, kind: OperandKind, where: str) -> OperandTable
         hadamard=_hadamard(table, where),
         static_amax=_static_amax(table, where),
         signs=name_at(table, "signs", Signs, where),
+        source=name_at(table, "source", Source, where),
         arc=arc_at(table, where),
     )
 

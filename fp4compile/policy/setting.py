@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import Any, Final
 
 from fp4compile.codegen.errors import IllegalCombination
-from fp4compile.codegen.formats import NVFP4, GlobalScale, QuantConfig, Rounding, ScaleRule, Signs
+from fp4compile.codegen.formats import EDEN_GROUP, NVFP4, GlobalScale, QuantConfig, Rounding, ScaleRule, Signs, Source
 from fp4compile.passes.site import OperandKind, Role
 from fp4compile.policy.arc import Arc, refuse_illegal_arc
 
@@ -43,6 +43,7 @@ class OperandTable:
     hadamard: int | None = None
     static_amax: float | None = None
     signs: str | None = None
+    source: str | None = None
     arc: Arc | None = None  # of the activation alone
 
     def given(self) -> dict[str, Any]:
@@ -144,13 +145,15 @@ def configs_of(setting: Setting, role: Role, where: str, calibration: str = "") 
                 needed="Four-over-six is for the operands of the forward and their rotations; on a gradient its choice is biased.",
                 advice="Use scale_rule = 'amax', or 'amax_17_16' with rounding = 'stochastic'.",
             )
-        if role in (Role.FPROP, Role.MATMUL) and config.rounding is Rounding.STOCHASTIC:
+        if role in (Role.FPROP, Role.MATMUL) and config.draws:
             raise IllegalCombination(
                 where=here,
-                found=f"rounding = stochastic on the {kind} of the forward",
+                found=f"rounding = {config.rounding} on the {kind} of the forward",
                 needed="Training diverges with it (arXiv 2509.25149); only the backward may round stochastically.",
                 advice='Use rounding = "nearest" here, and "stochastic" on the gradient of dgrad and wgrad.',
             )
+        _refuse_biased_eden(config, kind, here)
+        _refuse_foreign_source(config, kind, role, here)
     if role not in BACKWARD:
         refuse_illegal_arc(setting.table(OperandKind.ACTIVATION).arc, configs, role, here, calibration)
     _refuse_unequal_rotation(configs, role, here)
@@ -183,6 +186,26 @@ def _config(setting: Setting, kind: OperandKind, role: Role, where: str, calibra
             advice='Use global_scale = "tensor".',
         )
     return table.config(here, calibration)
+
+
+def _refuse_biased_eden(config: QuantConfig, kind: OperandKind, where: str) -> None:
+    if config.rounding is Rounding.EDEN and (config.hadamard != EDEN_GROUP or config.signs is not Signs.RANDOM):
+        raise IllegalCombination(
+            where=where,
+            found=f"rounding = eden on the {kind} with hadamard = {config.hadamard} and signs = {config.signs}",
+            needed=f"It rounds to nearest, which is unbiased only on average over random rotations of its groups of {EDEN_GROUP}.",
+            advice=f'Give hadamard = {EDEN_GROUP}, signs = "random" beside it, or use rounding = "stochastic".',
+        )
+
+
+def _refuse_foreign_source(config: QuantConfig, kind: OperandKind, role: Role, where: str) -> None:
+    if config.source is Source.FORWARD and (role not in BACKWARD or kind is OperandKind.GRADIENT):
+        raise IllegalCombination(
+            where=where,
+            found=f'source = "forward" on the {kind}',
+            needed="It lets the backward quantize the activation or the weight as the forward multiplied with it.",
+            advice="Give it to the weight of dgrad or the activation of wgrad.",
+        )
 
 
 def _refuse_searches_at_run_time(configs: dict[OperandKind, QuantConfig], where: str) -> None:

@@ -36,7 +36,7 @@ def _randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 
 
 def _seed(config: QuantConfig) -> Tensor | None:
-    return torch.tensor(5) if config.rounding == "stochastic" else None
+    return torch.tensor(5) if config.draws else None
 
 
 def _quantize(x: Tensor, config: QuantConfig, axis: int = -1) -> tuple[Tensor, Tensor, Tensor]:

@@ -32,6 +32,8 @@ CONFIGS = (
     QuantConfig(hadamard=16),
     QuantConfig(hadamard=128, format="mxfp4"),
     QuantConfig(hadamard=64, rounding="stochastic"),
+    *(QuantConfig(rounding="eden", global_scale=g) for g in ("tensor", "row")),
+    QuantConfig(rounding="eden", hadamard=128),
 )
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SHAPES = ((1, 1), (1, 16), (3, 17), (17, 33), (5, 256), (2, 272), (33, 600), (2, 3, 40), (0, 16), (4, 0), (2, 0, 8))
@@ -42,7 +44,7 @@ def _randn(shape: tuple[int, ...], seed: int = 0) -> Tensor:
 
 
 def _assert_same(kernels: launch.Kernels, x: Tensor, config: QuantConfig, axis: int = -1) -> None:
-    seed = torch.tensor(-987654321012) if config.rounding == "stochastic" else None
+    seed = torch.tensor(-987654321012) if config.draws else None
     ours = launch.quantize(x, config, axis=axis, seed=seed, kernels=kernels)
     expected = quantize_ref(x, config, axis=axis, seed=seed)
     for name, mine, theirs in zip(("codes", "scales", "global scale"), ours, expected, strict=True):

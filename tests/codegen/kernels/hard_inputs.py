@@ -99,6 +99,14 @@ def all_quantizations() -> list[dict[str, object]]:
     configs += [{"format": "mxfp4", "rounding": r, "hadamard": h} for r, h in itertools.product(roundings, hadamards)]
     wide = {"scale_rule": "amax_17_16", "rounding": "stochastic"}
     configs += [wide, wide | {"hadamard": 16}, wide | {"global_scale": "row"}, wide | {"block": "16x16"}]
+    eden = {"rounding": "eden", "hadamard": 128}
+    configs += [
+        eden,
+        eden,
+        eden | {"global_scale": "row"},
+        {"rounding": "eden"},
+        {"rounding": "eden", "global_scale": "static", "static_amax": 3.0},
+    ]
     return configs
 
 

@@ -18,6 +18,7 @@ from tests.codegen.kernels.cross_compiled import CUOBJDUMP, Launch, launches_of,
 
 WGRAD = {"hadamard": 16, "rounding": "stochastic"}
 FOUR_OVER_SIX = {"scale_rule": "four_over_six"}
+EDEN = {"hadamard": 128, "rounding": "eden"}
 STATIC = {"global_scale": "static", "static_amax": 4.0}
 # name: (rows, columns, dtype, axis, or None for both, options, options of the column half, layout)
 CASES: dict[str, tuple[int, int, torch.dtype, int | None, dict[str, Any], dict[str, Any], str]] = {
@@ -33,13 +34,16 @@ CASES: dict[str, tuple[int, int, torch.dtype, int | None, dict[str, Any], dict[s
     "h128": (4096, 4096, torch.bfloat16, -1, {"hadamard": 128}, {}, "plain"),
     "across-h64": (4096, 4096, torch.bfloat16, -2, {"hadamard": 64}, {}, "plain"),
     "across-h128": (4096, 4096, torch.float32, -2, {"hadamard": 128}, {}, "plain"),
+    "eden": (4096, 4096, torch.bfloat16, -1, EDEN, {}, "plain"),
+    "across-eden": (4096, 4096, torch.bfloat16, -2, EDEN, {}, "plain"),
+    "few-eden": (8, 4096, torch.bfloat16, -1, EDEN, {}, "swizzled"),
     "mxfp4": (4096, 4096, torch.bfloat16, -1, {"format": "mxfp4"}, {}, "plain"),
     "ragged": (4095, 1037, torch.bfloat16, -1, {}, {}, "plain"),
     "both": (4096, 4096, torch.bfloat16, None, {}, {"hadamard": 16}, "swizzled"),
     "both-gradient": (4096, 4096, torch.bfloat16, None, {"rounding": "stochastic"}, WGRAD, "plain"),
 }
-SOME = {80: ("tensor", "4/6", "wgrad", "both"), 90: tuple(CASES), 103: ("tensor",)}
-SOME |= {100: ("tensor", "tile", "wgrad", "mxfp4", "both"), 120: ("tensor", "4/6", "wgrad", "both")}
+SOME = {80: ("tensor", "4/6", "wgrad", "both", "across-eden"), 90: tuple(CASES), 103: ("tensor",)}
+SOME |= {100: ("tensor", "tile", "wgrad", "mxfp4", "both", "eden"), 120: ("tensor", "4/6", "wgrad", "both", "across-eden")}
 NEAREST_BY_HARDWARE = ("tensor", "mxfp4", "both")
 
 

@@ -38,7 +38,7 @@ def assert_exact(x: Tensor, axis: int = -1, seed: int | None = None, **options: 
 def test_every_option_on_hard_inputs(device: torch.device, index: int, options: dict, dtype: torch.dtype, axis: int) -> None:
     generator = torch.Generator(device).manual_seed(index)
     x = hard_batch(10, 35, dtype, generator, DISTRIBUTIONS[index % 2 :: 2] if triton.knobs.runtime.interpret else DISTRIBUTIONS)
-    assert_exact(x, axis, seed=-7 - index if options.get("rounding") == "stochastic" else None, **options)
+    assert_exact(x, axis, seed=-7 - index if QuantConfig(**options).draws else None, **options)
 
 
 @pytest.mark.parametrize("axis", [-1, -2])
