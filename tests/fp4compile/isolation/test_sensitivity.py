@@ -18,10 +18,11 @@ from fp4compile.isolation.estimate import spearman
 from fp4compile.isolation.keep import CannotChoose
 from fp4compile.isolation.loss import NoLoss, NotFinite
 from fp4compile.isolation.parts import NothingPlanned, RoleMatchesNothing
-from fp4compile.isolation.planned import ModelTrains
+from fp4compile.isolation.planned import ModelTrains, PlannedModel
 from fp4compile.isolation.result import Sensitivity
 from fp4compile.isolation.run import NoBatches, sensitivity
 from fp4compile.isolation.store import OtherRun, Store, UnreadableStore
+from fp4compile.policy.load import load_policy
 
 VOCABULARY, WIDTH = 40, 32
 
@@ -261,3 +262,36 @@ def test_spearman() -> None:
     assert spearman([1.0, 2.0, 3.0], [10.0, 100.0, 1000.0]) == pytest.approx(1)
     assert spearman([1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.0, 1.0]) == pytest.approx(-1)
     assert spearman([1.0, 2.0, 2.0, 3.0], [1.0, 3.0, 2.0, 4.0]) == pytest.approx(0.9487, abs=1e-4)  # as scipy.stats.spearmanr has it
+
+
+@torch.no_grad()
+def test_everything_under_a_calibrated_policy_with_outliers_is_the_compiled_policy(
+    model: Model, batches: list[Tensor], tmp_path: Path
+) -> None:
+    fp4compile.calibrate(model, batches, out=tmp_path / "c.pt", moments="full", progress=False)
+    policy = tmp_path / "arc.toml"
+    policy.write_text(
+        'version = 1\nextends = "nvfp4"\ncalibration = "c.pt"\n[default]\n'
+        'weight = { scale_rule = "local_hessian", rounding = "gptq" }\n'
+        'activation = { scale_rule = "four_over_six", arc = { channels = 16, multiple = 16, most = 0.5 } }\n'
+    )
+    torch._dynamo.reset()
+    found = measured(model, batches, policies=[policy], isolate=[])
+    everything = found.rows_of("arc.toml", "all")[0]
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="fp4", options={"policy": str(policy)})
+    logits = [(compiled(ids), model(ids)) for ids in batches]
+    kl = sum((exact.softmax(-1) * (exact.log_softmax(-1) - q.log_softmax(-1))).sum(-1).mean().item() for q, exact in logits) / 3
+    assert everything.kl == pytest.approx(kl, rel=1e-3) and kl > 1e-4
+    assert all(estimate.curvature > 0 for estimate in found.estimates("arc.toml").values())
+    layer = model.layers[1].down
+    seen: list[Tensor] = []
+    handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
+    model(batches[0])
+    handle.remove()
+    calls = {}
+    planned = PlannedModel(model, load_policy(policy))
+    planned(batches[0], lambda call: (calls.update({call.site.name: call}), call.exact())[1])
+    of_input, of_weight = calls["layers.1.down"].differences()
+    both = calls["layers.1.down"].quantized() - layer(seen[0])
+    assert (both - of_input - of_weight).norm() < 0.2 * both.norm()  # what is left is the product of two errors
