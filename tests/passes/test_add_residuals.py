@@ -14,9 +14,12 @@ from fp4compile.codegen.outliers import Outliers
 from fp4compile.codegen.reference.block import dequantize_ref, quantize_ref
 from fp4compile.codegen.reference.residual import in_order_ref
 from fp4compile.codegen.residual_ops import QUANTIZE_REPEATED, QUANTIZE_RESIDUAL
+from fp4compile.codegen.target import Target
 from fp4compile.passes.add_residuals import AddResiduals
+from fp4compile.passes.assign_precision import AssignPrecision
 from fp4compile.passes.fold_weights import FoldWeights
 from fp4compile.passes.insert_quantize import InsertQuantize
+from fp4compile.passes.pipeline import PIPELINE
 from fp4compile.passes.share_quantize import ShareQuantize
 from fp4compile.passes.site import Site
 from tests.passes.harness import DECIDE_W4A4, Decide, SharedInput, TwoLayers, apply, check_golden
@@ -25,14 +28,16 @@ from tests.passes.linear_ref import BF16, SETUP
 PLAIN = QuantConfig()
 
 
-def some_outliers(k: int, *, block: int = 1) -> Outliers:
+def some_outliers(k: int, *, block: int = 1, count: int = 16) -> Outliers:
     order = torch.randperm(-(-k // 16) * 16 // block, generator=torch.Generator().manual_seed(k)).int()
-    return Outliers(order=order, count=16, wanted=16)
+    return Outliers(order=order, count=count, wanted=count)
 
 
-def with_outliers(block: int = 1) -> Decide:
+def with_outliers(block: int = 1, count: int = 16) -> Decide:
     def decide(sites: list[Site]) -> list:
-        return [replace(d, outliers=some_outliers(int(s.k), block=block)) for d, s in zip(DECIDE_W4A4(sites), sites, strict=True)]
+        return [
+            replace(d, outliers=some_outliers(int(s.k), block=block, count=count)) for d, s in zip(DECIDE_W4A4(sites), sites, strict=True)
+        ]
 
     return decide
 
@@ -75,3 +80,16 @@ def test_matmuls_that_read_one_value_share_its_codes_and_weights_are_folded() ->
     assert got.changed == [3, 2, 3]
     assert got.count(QUANTIZE_RESIDUAL) == 1 and got.count(QUANTIZE_REPEATED) == 3
     assert got.after.count("kept in the weight store") == 3
+
+
+@pytest.mark.parametrize("capability", [90, 100])
+def test_the_rest_of_the_pipeline_takes_wider_products(capability: int) -> None:
+    """In the layouts of native kernels too, of which the CPU computes the same values."""
+    model, x = nn.Linear(128, 64, bias=False, dtype=BF16), torch.randn(130, 128, dtype=BF16)
+    first = [type(each) for each in PIPELINE].index(AssignPrecision) + 1
+    target = Target(name=f"sm_{capability}", device_type="cuda", capability=capability)
+    got = apply(model, x, setup=PIPELINE[:first], passes=PIPELINE[first:], decide=with_outliers(count=128), target=target)
+    expected = eager(x, model, some_outliers(128, count=128))
+    torch.testing.assert_close(got.output.double(), expected, rtol=2**-7, atol=2**-7)
+    assert got.after.count("b_layout='swizzled'" if capability == 100 else "b_layout='tiled'") == 1
+    assert "k=256" in got.after
