@@ -189,7 +189,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device")
     parser.add_argument("--batch", type=int, default=0, help="windows at once; each has its own global scales (default: 8, on a CPU 1)")
     parser.add_argument("--windows", type=int, default=40, help="of each text")
-    parser.add_argument("--calibration", type=int, default=64, help="windows of the first text for what needs data")
+    parser.add_argument("--calibration", type=int, default=128, help="windows of the first text for what needs data")
     parser.add_argument("--sensitivity-windows", type=int, default=16, help="how many of those the sensitivity is measured on")
     parser.add_argument("--shifts", type=int, default=5)
     parser.add_argument("--only", nargs="+", default=[""], help="rows whose name contains one of these")
