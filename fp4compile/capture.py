@@ -85,7 +85,7 @@ def recompile_when_changed(value: Callable[[], object], name: str) -> None:
     context.guards_context.dynamo_guards.add(GlobalStateSource().make_guard(add_guard))
 
 
-def not_tracing() -> AbstractContextManager[None]:
+def not_tracing() -> AbstractContextManager[Any]:
     """While a graph is traced, `torch.load` gives tensors without values; within this context it reads them."""
     return tracing(None)
 

@@ -143,7 +143,7 @@ def insert_codes(
     graph, tag = after.graph, operand.source.meta.get("partitioner_tag")
     args = (operand.source, operand.axis, *ops.quantize_args(config), seed)
     with graph.inserting_after(after):
-        packed = call(graph, ops.QUANTIZE, args, like=like, tag=tag, source=operand.source)
+        packed = call(graph, ops.QUANTIZE, args, ops.quantize_keywords(config), like=like, tag=tag, source=operand.source)
     parts: list[fx.Node] = []
     for index in range(3):
         with graph.inserting_after(parts[-1] if parts else packed):

@@ -98,7 +98,7 @@ class Resolver:
     def _check(self, site: Site) -> None:
         for root in root_parameters(_weight(site).source):
             position = input_of(root)
-            if position in self.names:
+            if position is not None and position in self.names:
                 check_weight(self.calibration, site.name, self.names[position], self.values.get(position))
 
 
