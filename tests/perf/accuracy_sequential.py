@@ -56,7 +56,7 @@ def sequential_weights(
                 for name in quantized:
                     own[name].weight = found[name]
         current = [call(block, h) for h in current]
-    return found | {name: layers[name].exact.weight for name in layers if name not in found}
+    return found | {name: layers[name].exact.weight.detach() for name in layers if name not in found}
 
 
 def _first_block_inputs(model: Any, windows: Sequence[Tensor]) -> tuple[list[Tensor], Callable[[Any, Tensor], Tensor]]:
