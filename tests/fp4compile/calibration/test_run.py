@@ -116,7 +116,7 @@ def interrupted(batches: list[Tensor], after: int) -> Iterator[Tensor]:
 
 
 def test_a_run_goes_on_where_it_was_stopped(tmp_path: Path):
-    model, batches, options = llama(layers=1), token_batches(5), {"moments": "full", "save_every": 2, "progress": False}
+    model, batches, options = llama(layers=1), token_batches(5, (12,)), {"moments": "full", "save_every": 2, "progress": False}
     whole = calibrate(model, batches, out=tmp_path / "whole.pt", **options)
     with pytest.raises(Killed):
         calibrate(model, interrupted(batches, 3), out=tmp_path / "c.pt", **options)
@@ -128,25 +128,35 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path: Path):
     assert not (tmp_path / "c.pt.partial").exists()
 
 
+def linear() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(32, 16)
+
+
+def row_batches() -> list[Tensor]:
+    g = torch.Generator().manual_seed(2)
+    return [torch.randn(8, 32, generator=g) for _ in range(4)]
+
+
 def test_a_killed_process_resumes(tmp_path: Path):
-    """SIGKILL after the second batch, in the middle of the third."""
+    """SIGKILL after the second batch."""
     script = (
-        "import os, signal, torch\n"
+        f"import os, signal, sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "from fp4compile.calibration.run import calibrate\n"
-        "from tests.fp4compile.calibration.test_run import llama, token_batches\n"
+        "from tests.fp4compile.calibration.test_run import linear, row_batches\n"
         "def batches():\n"
-        "    yield from token_batches(4)[:2]\n"
+        "    yield from row_batches()[:2]\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"calibrate(llama(layers=1), batches(), out={str(tmp_path / 'c.pt')!r}, save_every=1, progress=False)\n"
+        f"calibrate(linear(), batches(), out={str(tmp_path / 'c.pt')!r}, save_every=1, progress=False)\n"
     )
-    died = subprocess.run([sys.executable, "-P", "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{script}"], check=False)
+    died = subprocess.run([sys.executable, "-P", "-c", script], check=False)
     assert died.returncode == -signal.SIGKILL and (tmp_path / "c.pt.partial").exists()
-    resumed = calibrate(llama(layers=1), token_batches(4), out=tmp_path / "c.pt", save_every=1, progress=False)
-    assert_equal(resumed, calibrate(llama(layers=1), token_batches(4), progress=False))
+    resumed = calibrate(linear(), row_batches(), out=tmp_path / "c.pt", save_every=1, progress=False)
+    assert_equal(resumed, calibrate(linear(), row_batches(), progress=False))
 
 
 def test_what_cannot_be_resumed_says_why(tmp_path: Path):
-    batches, options = token_batches(3), {"out": tmp_path / "c.pt", "save_every": 1, "progress": False}
+    batches, options = token_batches(3, (12,)), {"out": tmp_path / "c.pt", "save_every": 1, "progress": False}
     with pytest.raises(Killed):
         calibrate(llama(layers=1), interrupted(batches, 2), **options)
     with pytest.raises(OtherRun, match="with another policy or other moments"):
