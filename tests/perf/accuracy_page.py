@@ -164,7 +164,27 @@ def _sensitivity(found: Sensitivity) -> str:
     roles = tabulate(cells, headers=headers, tablefmt="github", disable_numparse=True)
     cells = [[c.policy, c.kind, c.estimate, c.measured, str(c.parts), f"{c.rho:+.2f}"] for c in found.correlations()]
     headers = ("policy", "parts", "estimate", "against", "n", "Spearman's rho")
-    return f"{roles}\n\n{pictures}\n\n{tabulate(cells, headers=headers, tablefmt='github', disable_numparse=True)}"
+    return f"{_orders(found)}\n\n{roles}\n\n{pictures}\n\n{tabulate(cells, headers=headers, tablefmt='github', disable_numparse=True)}"
+
+
+def _orders(found: Sensitivity) -> str:
+    """Which roles cost most, by three measures, and whether up and down dominate."""
+    lines = []
+    for policy in found.policies:
+        rows = found.rows_of(policy, "role")
+        total = sum(row.effect for row in rows)
+        both = [row for row in rows if row.name in ("up_proj", "down_proj")]
+        share, size = sum(row.effect for row in both) / total, sum(row.flops for row in both)
+        orders = {
+            measure: ", ".join(row.name.removesuffix("_proj") for row in sorted(rows, key=lambda row: -getattr(row, field)))
+            for measure, field in (("KL", "effect"), ("KL per parameter", "per_parameter"))
+        }
+        blocks = sorted(found.rows_of(policy, "block"), key=lambda row: -row.effect)[:4]
+        worst = ", ".join(row.name.rpartition(".")[2] for row in blocks)
+        text = "; ".join(f"by {measure}: {order}" for measure, order in orders.items())
+        lines.append(f"- `{policy}`, most sensitive role first, {text}. Up and down together are {share:.0%} of what the roles lose one by one, "
+                     f"with {size:.0%} of the FLOPs. Most sensitive blocks: {worst}.")  # fmt: skip
+    return "\n".join(lines)
 
 
 def _encoder(data: dict[str, Any]) -> str:
