@@ -128,6 +128,60 @@ def verdicts(by_text: dict[str, list[Row]], chosen_on: str) -> str:
         shares = {text: row.won_back.mean for text, row in found.items() if row.won_back is not None}
         others = [share for text, share in shares.items() if text != chosen_on]
         met = "yes" if all(share >= bar for share in others) else "no"
+        lines.append([what, best.name, *(_share(found[text].won_back) for text in by_text), f"{bar:.0%}", met])
+    headers = ("kind of recipe", f"best by KL on {chosen_on}", *(f"won back, {text}" for text in by_text), "asked", "reached elsewhere")
+    return tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
+
+
+def page(data: dict[str, Any], sensitivity: Sensitivity | None, encoder: dict[str, Any] | None) -> str:
+    settings = data["settings"]
+    texts = settings["texts"]
+    by_text = {text: rows_of(data, text) for text in texts}
+    parts = [_INTRODUCTION.format(**settings, texts_named=" and ".join(texts), chosen=texts[0])]
+    for text in texts:
+        base = sum(data["base"][text]["nll"]) / len(data["base"][text]["nll"])
+        parts.append(f"## {_TITLES.get(text, text)}\n\nfloat32: perplexity {math.exp(base):.2f}.\n\n{table(by_text[text])}")
+    parts.append(f"## What is won back\n\n{_WON_BACK}\n\n{verdicts(by_text, texts[0])}")
+    if sensitivity is not None:
+        parts.append(f"## Sensitivity\n\n{_SENSITIVITY}\n\n{_sensitivity(sensitivity)}")
+    if encoder is not None:
+        parts.append(f"## A sentence encoder with unrounded weights\n\n{_ENCODER.format(**encoder['settings'])}\n\n{_encoder(encoder)}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _sensitivity(found: Sensitivity) -> str:
+    pictures = "![roles](smollm2_roles.svg)\n\n![blocks](smollm2_blocks.svg)"
+    cells = [
+        [row.policy, row.name, f"{row.parameters / 1e6:.1f}", f"{row.flops:.1%}", f"{row.loss:.4f} ({row.loss_error:.4f})",
+         f"{row.kl:.4f} ({row.kl_error:.4f})", f"{1e3 * row.per_parameter:.3f}", f"{1e3 * row.per_flop:.3f}", f"{row.first_order:+.4f}",
+         f"{row.curvature:.4f}"]
+        for policy in found.policies for kind in ("all", "role")
+        for row in sorted(found.rows_of(policy, kind), key=lambda row: -row.effect)
+        if row.kl is not None and row.first_order is not None
+    ]  # fmt: skip
+    headers = ("policy", "quantized", "M parameters", "FLOPs", "nats lost", "KL", "milli KL per M parameters", "per % of FLOPs",
+               "first order", "curvature")  # fmt: skip
+    roles = tabulate(cells, headers=headers, tablefmt="github", disable_numparse=True)
+    cells = [[c.policy, c.kind, c.estimate, c.measured, str(c.parts), f"{c.rho:+.2f}"] for c in found.correlations()]
+    headers = ("policy", "parts", "estimate", "against", "n", "Spearman's rho")
+    return f"{_orders(found)}\n\n{roles}\n\n{pictures}\n\n{tabulate(cells, headers=headers, tablefmt='github', disable_numparse=True)}"
+
+
+def _orders(found: Sensitivity) -> str:
+    """Which roles cost most, by three measures, and whether up and down dominate."""
+    lines = []
+    for policy in found.policies:
+        rows = found.rows_of(policy, "role")
+        total = sum(row.effect for row in rows)
+        both = [row for row in rows if row.name in ("up_proj", "down_proj")]
+        share, size = sum(row.effect for row in both) / total, sum(row.flops for row in both)
+        orders = {
+            measure: ", ".join(row.name.removesuffix("_proj") for row in sorted(rows, key=lambda row: -getattr(row, field)))
+            for measure, field in (("KL", "effect"), ("KL per parameter", "per_parameter"))
+        }
+        blocks = sorted(found.rows_of(policy, "block"), key=lambda row: -row.effect)[:4]
+        worst = ", ".join(row.name.rpartition(".")[2] for row in blocks)
+        text = "; ".join(f"by {measure}: {order}" for measure, order in orders.items())
         lines.append(
             f"- `{policy}`, most sensitive role first, {text}. Up and down together are {share:.0%} of what the roles lose one by "
             f"one, with {size:.0%} of the FLOPs. Most sensitive blocks: {worst}."
