@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fp4compile.codegen import ops
 from fp4compile.passes.literals import hint_of
 from fp4compile.passes.site import fake_of
 
@@ -42,14 +43,23 @@ class OperatorCall:
 
 
 def operator_calls(gm: fx.GraphModule) -> list[OperatorCall]:
-    """Each different one, in the order of the graph. Symbolic sizes count as those that were seen; who has none is left out."""
+    """Each different one that a kernel computes, in the order of the graph.
+
+    Symbolic sizes count as those that were seen; who has none is left out.
+    """
     found: dict[OperatorCall, None] = {}
     for node in gm.graph.nodes:
-        if str(node.target).startswith("fp4."):
+        if str(node.target).startswith("fp4.") and not _is_search(node):
             args, kwargs = fx.map_arg((tuple(node.args), dict(node.kwargs)), _without_values)
             if _Unknown not in map(type, args):
                 found[OperatorCall(node.target, args, tuple(kwargs.items()))] = None
     return list(found)
+
+
+def _is_search(node: fx.Node) -> bool:
+    """What runs once a weight, in plain PyTorch."""
+    arguments: tuple[Any, ...] = node.args
+    return node.target is ops.QUANTIZE and ops.config_of(*arguments[2:-1]).is_offline
 
 
 class _Unknown:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx
 
 from fp4compile.codegen import ops
+from fp4compile.codegen.formats import QuantConfig
 from fp4compile.codegen.kernel_spec import KernelSpec
 from fp4compile.passes.assign_precision import kernel_spec
 from fp4compile.passes.site import fake_of, plan_of, site_of
@@ -36,8 +37,17 @@ def static_products(gm: fx.GraphModule) -> list[ProductShape]:
         if site.op in _BATCHED or not all(isinstance(size, int) for size in (*out.shape, k)):
             continue
         spec = kernel_spec(site, plan)
+        spec = replace(spec, lhs=_without_values(spec.lhs), rhs=_without_values(spec.rhs))
         found[ProductShape(spec=spec, m=out.shape[:-1].numel(), n=out.shape[-1], k=k)] = None
     return list(found)
+
+
+def _without_values(config: QuantConfig | None) -> QuantConfig | None:
+    """What calibration gave this layer alone is no concern of a kernel."""
+    if config is None:
+        return None
+    amax = None if config.static_amax is None else 1.0
+    return replace(config, static_amax=amax, calibration="of a layer" if config.calibration else "")
 
 
 def _size(argument: Any) -> Any:

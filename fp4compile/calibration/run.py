@@ -79,7 +79,7 @@ def calibrate(
     settings = f"{rules.fingerprint()} {moments}"
     run = Progress(path=None if out is None else beside(out), settings=settings, weights=weights)
     if resume:
-        run.resume(watch, _device_of(instrumented.model))
+        run.resume(watch)
     with torch.no_grad(), unchanged(instrumented.model), _evaluating(instrumented.model):
         count = len(batches) if isinstance(batches, Sized) else None
         for index, batch in enumerate(tqdm(batches, total=count, desc="calibrate", unit="batch", disable=not progress)):
@@ -134,11 +134,6 @@ def _unreached(model: Callable[..., Any], reached: Collection[str]) -> tuple[str
 
 def _weights_of(model: Callable[..., Any]) -> dict[str, WeightPrint]:
     return prints_of(model.named_parameters(remove_duplicate=False)) if isinstance(model, nn.Module) else {}
-
-
-def _device_of(model: Callable[..., Any]) -> torch.device:
-    first = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-    return torch.device("cpu") if first is None else first.device
 
 
 def _unread(policy: Policy) -> Policy:

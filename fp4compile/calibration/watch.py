@@ -61,7 +61,10 @@ class Watch:
     def of(self, value: Value, k: int, device: torch.device) -> Sums:
         if value.sites not in self.sums:
             self.sums[value.sites] = Sums.empty(k, value.wanted, device)
-        return self.sums[value.sites]
+        found = self.sums[value.sites]
+        if found.channel_amax.device != device:  # taken up from a file
+            found = self.sums[value.sites] = Sums.of_plain(found.plain(), device)
+        return found
 
 
 class _Watching(PlannedGraph):

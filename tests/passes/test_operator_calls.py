@@ -10,7 +10,9 @@ from fp4compile.codegen import ops
 from fp4compile.passes.operator_calls import OperatorCall, TensorLike, operator_calls
 
 
-def calls_of(model: nn.Module, x: torch.Tensor, monkeypatch, *, training: bool = False, dynamic: bool = False) -> list[OperatorCall]:
+def calls_of(
+    model: nn.Module, x: torch.Tensor, monkeypatch, *, training: bool = False, dynamic: bool = False, policy: object = "nvfp4"
+) -> list[OperatorCall]:
     found: list[OperatorCall] = []
     right = backend._Transform.__call__
 
@@ -21,7 +23,7 @@ def calls_of(model: nn.Module, x: torch.Tensor, monkeypatch, *, training: bool =
     monkeypatch.setattr(backend._Transform, "__call__", transform)
     torch.compiler.reset()
     with torch.set_grad_enabled(training):
-        torch.compile(model, backend="fp4", dynamic=dynamic, options={"policy": "nvfp4_train" if training else "nvfp4"})(x)
+        torch.compile(model, backend="fp4", dynamic=dynamic, options={"policy": "nvfp4_train" if training else policy})(x)
     torch.compiler.reset()
     return found
 
@@ -47,6 +49,12 @@ def test_a_training_graph_lists_its_backward_too_and_every_call_runs_on_zeros(mo
 def test_symbolic_sizes_count_as_those_that_were_seen(monkeypatch) -> None:
     found = calls_of(nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 16)), torch.randn(7, 32), monkeypatch, dynamic=True)
     assert (7, 16) in [call.args[0].size for call in found if call.target is ops.SCALED_MM]
+
+
+def test_searches_have_no_kernel(monkeypatch) -> None:
+    swept = {"version": 1, "extends": "nvfp4", "default": {"weight": {"scale_rule": "sweep"}}}
+    found = calls_of(nn.Linear(32, 48), torch.randn(5, 32), monkeypatch, policy=swept)
+    assert [call.args[0].size for call in found if call.target is ops.QUANTIZE] == [(5, 32)]
 
 
 def test_zeros_have_the_strides_of_a_view() -> None:

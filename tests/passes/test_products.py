@@ -39,6 +39,13 @@ def test_equal_layers_count_once_and_rows_of_all_matrices_of_x_together(monkeypa
     assert spec.op == "scaled_mm" and spec.lhs == spec.rhs == QuantConfig() and spec.dtype is torch.bfloat16
 
 
+def test_layers_that_were_calibrated_apart_count_once(monkeypatch) -> None:
+    rules = [{"match": str(i), "activation": {"global_scale": "static", "static_amax": 2.0 + i}} for i in range(2)]
+    policy = {"version": 1, "extends": "nvfp4", "rule": rules}
+    found = products_of(nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)), torch.randn(5, 32), policy=policy, monkeypatch=monkeypatch)
+    assert sizes(found) == [(5, 32, 32)] and found[0].spec.lhs == QuantConfig(global_scale="static", static_amax=1.0)
+
+
 def test_a_ragged_k_counts_as_it_is_and_w4a16_has_a_plain_side(monkeypatch) -> None:
     found = products_of(nn.Linear(40, 24), torch.randn(3, 40), policy="nvfp4_a16", monkeypatch=monkeypatch)
     assert sizes(found) == [(3, 24, 40)] and found[0].spec.lhs is None
