@@ -76,7 +76,7 @@ def _row(name: str, row: dict[str, Any], base: Sequence[float], plain: dict[str,
         mean = 1 - sum(left) / sum(lost)
         # Shifts are paired by number only: the spread of both sides counts.
         relative = math.hypot(_relative_error(left), _relative_error(lost))
-        won = Figure(mean=mean, over_shifts=(1 - mean) * relative, over_windows=math.nan)
+        won = Figure(mean=mean, over_shifts=abs(1 - mean) * relative, over_windows=math.nan)
     return Row(
         name=name, text=text, shifts=len(shifts), perplexity=sum(perplexities) / len(perplexities), nats=_figure(nats),
         kl=_figure([cell["kl"] for cell in shifts.values()]), won_back=won, weight_error=row["weight_error"], extra_k=row["extra_k"],
