@@ -195,7 +195,7 @@ def _product_cpu(multiply):
 
 
 def _dequantize(codes: Tensor, scales: Tensor, global_scale: Tensor, k: int, dtype: torch.dtype) -> Tensor:
-    """One rounding to `dtype`. On every device plain PyTorch: only a backward that its policy keeps in high precision reads it."""
+    """One rounding to `dtype`."""
     return dequantize_ref(codes, scales, global_scale)[..., :k].to(dtype).contiguous()
 
 
@@ -209,7 +209,6 @@ _LIB.impl("scaled_mm", _product_cpu(cpu.scaled_mm), "CPU")
 _LIB.impl("scaled_grouped_mm", _product_cpu(cpu.scaled_grouped_mm), "CPU")
 _LIB.impl("hadamard", _hadamard_cpu, "CPU")
 _LIB.impl("dequantize", _dequantize, "CPU")
-_LIB.impl("dequantize", _dequantize, "CUDA")
 
 
 def _on_cuda(name: str):
@@ -225,5 +224,5 @@ def _on_cuda(name: str):
 
 _LIB.impl("quantize", _or_offline(_on_cuda("quantize")), "CUDA")
 _LIB.impl("quantize_both", _quantize_both(_on_cuda("quantize_both")), "CUDA")
-for _name in ("scaled_mm", "scaled_grouped_mm", "hadamard"):
+for _name in ("scaled_mm", "scaled_grouped_mm", "hadamard", "dequantize"):
     _LIB.impl(_name, _on_cuda(_name), "CUDA")

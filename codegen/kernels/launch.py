@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fp4compile.codegen.formats import Layout
+from fp4compile.codegen.kernels.launch_dequantize import decoded as dequantize
 from fp4compile.codegen.kernels.launch_dequantize import on_device
 from fp4compile.codegen.kernels.launch_matmul import Operand, multiply, multiply_grouped
 from fp4compile.codegen.kernels.launch_native import scaled_mm as native_scaled_mm
@@ -20,7 +21,7 @@ from fp4compile.codegen.kernels.launch_weight import multiply_expert_weights, mu
 from fp4compile.codegen.reference.layout import plain_ref
 from fp4compile.codegen.target import known_target, processors_of
 
-__all__ = ["hadamard", "quantize", "quantize_both", "scaled_grouped_mm", "scaled_mm"]
+__all__ = ["dequantize", "hadamard", "quantize", "quantize_both", "scaled_grouped_mm", "scaled_mm"]
 
 
 def scaled_mm(

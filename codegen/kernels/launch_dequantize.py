@@ -11,6 +11,8 @@ from torch import Tensor
 from fp4compile.codegen.formats import round_up
 from fp4compile.codegen.kernels.dequantize import dequantize_kernel, tile_weight_kernel
 from fp4compile.codegen.kernels.dequantize_words import dequantize_plain_kernel, dequantize_tiled_kernel
+from fp4compile.codegen.reference.block import dequantize_ref
+from fp4compile.codegen.reference.block_scales import by_matrix
 
 EXACT_IN_BFLOAT16: Final = (torch.float8_e4m3fn, torch.float8_e8m0fnu)  # dtypes of the block scales of formats that `dequantize` takes
 _HERE: Final = nullcontext()
@@ -40,6 +42,15 @@ def dequantize(codes: Tensor, scales: Tensor, k: int, dtype: torch.dtype) -> Ten
             NVFP4=scales.dtype == torch.float8_e4m3fn, BLOCK_R=block_r, BLOCK_K=block_k, **_LAUNCH,
         )  # fmt: skip
     return out.view(*scales.shape[:-1], out.shape[2])
+
+
+def decoded(codes: Tensor, scales: Tensor, global_scale: Tensor, k: int, dtype: torch.dtype) -> Tensor:
+    """`fp4::dequantize`, (..., R, k) in `dtype`: one rounding, of exact values times the global scale."""
+    if scales.dtype not in EXACT_IN_BFLOAT16:
+        return dequantize_ref(codes, scales, global_scale)[..., :k].to(dtype).contiguous()
+    with on_device(codes):
+        values = dequantize(codes, scales, k, torch.bfloat16)[..., :k]
+    return (values.float() * by_matrix(global_scale, values.ndim)).to(dtype).contiguous()
 
 
 def _has_whole_words(codes: Tensor, scales: Tensor, k: int) -> bool:

@@ -13,7 +13,7 @@ from fp4compile.codegen.errors import UnsupportedDtype
 from fp4compile.codegen.formats import QuantConfig
 from fp4compile.codegen.kernels import launch, launch_quantize
 from fp4compile.codegen.ops import quantize_args
-from fp4compile.codegen.reference.block import quantize_ref
+from fp4compile.codegen.reference.block import dequantize_ref, quantize_ref
 from fp4compile.codegen.reference.hadamard import hadamard_ref
 from fp4compile.codegen.reference.layout import lay_out_ref
 from tests.codegen.kernels.hard_inputs import DISTRIBUTIONS, all_quantizations, first_differences, hard_batch, same_nan
@@ -209,3 +209,14 @@ def test_more_matrices_than_a_grid_holds_are_quantized_in_pieces(options: dict, 
         assert torch.equal(got.view(torch.uint8), whole.view(torch.uint8)) if got.itemsize == 1 else torch.equal(got, whole)
     with pytest.raises(launch_quantize.TooManyMatrices, match="10 matrices"):
         launch.quantize(x, axis, *quantize_args(QuantConfig(rounding="stochastic")), torch.tensor(1, device=device))
+
+
+@pytest.mark.parametrize("options", [{}, {"global_scale": "row"}, {"format": "mxfp4"}, {"rounding": "eden"}], ids=str)
+@pytest.mark.parametrize(("shape", "k"), [((17, 40), 40), ((4, 64), 64), ((2, 3, 32), 20)], ids=str)
+def test_decoded_values_are_rounded_once(device: torch.device, shape: tuple[int, ...], k: int, options: dict) -> None:
+    config = QuantConfig(**options)
+    x = torch.randn(*shape, generator=torch.Generator(device).manual_seed(4), device=device)
+    parts = quantize_ref(x, config, seed=torch.tensor(1, device=device))
+    for dtype in DTYPES:
+        got = launch.dequantize(*parts, k, dtype)
+        assert not first_differences(got, dequantize_ref(*parts)[..., :k].to(dtype).contiguous()) and got.is_contiguous()
