@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out is None and (args.policy is None or load_policy(args.policy, calibrated=False).calibration is None):
         raise NowhereToWrite
     module, inputs = load_model(args.file)
-    batches = _batches(args.batches, sys.modules[args.file.stem], inputs)
+    batches = batches_of(args.batches, sys.modules[args.file.stem], inputs)
     found = calibrate(
         module, batches if args.limit is None else islice(batches, args.limit), policy=args.policy, out=args.out, moments=args.moments,
         save_every=args.save_every, resume=not args.restart,
@@ -65,7 +65,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _batches(given: str | None, model_file: Any, inputs: tuple[Any, ...]) -> Iterable[Any]:
+def batches_of(given: str | None, model_file: Any, inputs: tuple[Any, ...]) -> Iterable[Any]:
+    """Of `MODULE:FUNCTION`, else of batches() of the model's file, else its example inputs. Raises `NoBatchesThere`."""
     if given is None:
         return model_file.batches() if hasattr(model_file, "batches") else [inputs]
     module, colon, function = given.partition(":")

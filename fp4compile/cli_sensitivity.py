@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from fp4compile.cli_calibrate import batches_of
 from fp4compile.cli_explain import load_model
 from fp4compile.codegen.errors import Fp4CompileError
 
@@ -20,6 +22,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "file", type=Path, help="Python file with model() -> (module, inputs), and if given batches() and loss(outputs, batch)"
     )
+    parser.add_argument("--batches", metavar="MODULE:FUNCTION", help="another function that returns batches (default: batches() of FILE)")
+    parser.add_argument("--limit", type=int, metavar="N", help="take the first N batches")
     parser.add_argument("--policy", action="append", help="preset or TOML file; may be repeated (default: nvfp4 and mxfp4)")
     parser.add_argument("--isolate", nargs="+", choices=("role", "block", "site"), default=["role", "block"], help="kinds of parts")
     parser.add_argument("--role", action="append", default=[], metavar="NAME=GLOB", help="a role by its module paths; may be repeated")
@@ -41,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
 
     module, inputs = load_model(args.file)
     source = sys.modules[args.file.stem]
-    batches = source.batches() if hasattr(source, "batches") else [inputs]
+    batches = islice(batches_of(args.batches, source, inputs), args.limit)
     policies = args.policy or ["nvfp4", "mxfp4"]
     found = sensitivity(
         module, batches, policies=policies, isolate=args.isolate, roles=_roles(args.role) or None, loss=getattr(source, "loss", None),

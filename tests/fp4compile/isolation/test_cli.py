@@ -46,6 +46,7 @@ def test_table_json_pictures_and_policy(file: Path, capsys: pytest.CaptureFixtur
     assert "kept.toml: 1 modules" in said.err
     assert {path.name for path in Path("out").iterdir()} == {"sensitivity.txt", "sensitivity.json", "sensitivity_roles.svg"}
     assert load_policy("kept.toml").rules[-1].setting.precision == "high"
+    assert main([*command, "--limit", "1"]) == 1 and "another batches" in capsys.readouterr().err
     assert main([*command, "--json"]) == 0  # from the store
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [row["name"] for row in rows] == ["all", "1", "3", "first", "3"]
