@@ -118,9 +118,9 @@ def main() -> None:
     bf16_row(model, scorer, experiment.results)
     print(f"{time.monotonic() - started:.0f} s to begin with", flush=True)
     rows = wanted_rows(args.only)
-    slow = [row for row in rows if row.keep or "gptq" in row.weight.calibrated]
-    last = [row for row in slow if row.weight.sequential]
-    parts = ([row for row in rows if row not in slow], [row for row in slow if row not in last], last)
+    # What may fail or takes long comes last: rows that keep something need the sensitivity.
+    order = {row.name: (bool(row.keep), row.weight.sequential, "gptq" in row.weight.calibrated) for row in rows}
+    parts = [[row for row in rows if order[row.name] == rank] for rank in sorted(set(order.values()))]
     done = all(experiment.run(part, args.shifts) for part in parts)
     print("all is done" if done else "to be continued: run the same command again", f"{time.monotonic() - started:.0f} s", flush=True)
 
