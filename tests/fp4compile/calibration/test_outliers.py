@@ -50,7 +50,8 @@ def test_their_number_is_rounded_up_and_bounded() -> None:
     held_back = chosen(ramp(), channels=100, multiple=16, most=0.3)
     assert (held_back.count, held_back.wanted, held_back.describe()) == (32, 112, "arc32 of 112")
     assert chosen(ramp(), fraction=0.2, multiple=16, most=1.0).count == 32
-    assert chosen(ramp(), channels=64, most=0.25) is None and chosen(ramp(), channels=0) is None
+    assert chosen(ramp(), channels=64, most=0.25).describe() == "arc0 of 64"
+    assert chosen(ramp(), channels=0) is None
 
 
 def test_a_share_of_the_largest_counts_elements() -> None:

@@ -231,6 +231,24 @@ def test_a_layer_that_is_called_twice_has_a_name_for_each_call():
     assert [entry.sites for entry in found.entries] == [("up",), ("up#2",)]
 
 
+def test_experts_and_patches_are_observed_as_what_is_multiplied():
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches, self.up = nn.Conv2d(2, 32, 4, stride=4), nn.Parameter(torch.randn(3, 32, 48).bfloat16())
+
+        def forward(self, image: Tensor, ends: Tensor) -> Tensor:
+            tokens = self.patches(image).flatten(2).mT.flatten(0, 1)
+            return torch._grouped_mm(tokens.bfloat16(), self.up, offs=ends)
+
+    image, ends = torch.randn(1, 2, 16, 16), torch.tensor([5, 9, 16], dtype=torch.int32)
+    found = calibrate(Experts(), [(image, ends)], progress=False)
+    assert {site: (s.k, s.tokens) for site in found.sites for s in (found.statistics_for(site),)} == {"patches": (32, 16), "up": (32, 16)}
+    assert {site: seen.shape for site, seen in found.operands.items()} == {"patches": (32, 32), "up": (3, 48, 32)}
+    by_hand = torch.nn.functional.unfold(image, 4, stride=4)[0].square().mean(-1)
+    assert torch.allclose(found.statistics_for("patches").channel_mean_square, by_hand, rtol=1e-4)
+
+
 def test_layers_under_one_name_are_not_mixed_up():
     class Broken(nn.Module):
         def __init__(self) -> None:
