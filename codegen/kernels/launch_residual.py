@@ -106,7 +106,9 @@ def _plan_of(whole: Plan, outliers: int, by_block: bool, swizzled: bool) -> Resi
     return ResidualPlan(whole=whole, outliers=outliers, by_block=by_block, swizzled=swizzled)
 
 
-def quantize_residual(x: Tensor, axis: int, order: Tensor, outliers: int, config: QuantConfig, layout: str) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_residual(
+    x: Tensor, axis: int, order: Tensor, outliers: int, config: QuantConfig, layout: str
+) -> tuple[Tensor, Tensor, Tensor]:
     """`fp4::quantize_residual`: see `reference.residual.quantize_residual_ref`, with which every bit agrees.
 
     Raises `UnsupportedDtype` or `UnsupportedDevice`.

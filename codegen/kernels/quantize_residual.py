@@ -16,7 +16,7 @@ from fp4compile.codegen.kernels._tile_residual import load_in_order, quantize_wi
 from fp4compile.codegen.kernels._tile_scale import encode_of, encode_scale, reciprocal, store_decode
 
 
-@triton.jit(do_not_specialize_on_alignment=["codes_ptr", "scales_ptr"])
+@triton.jit(do_not_specialize_on_alignment=["order_ptr", "codes_ptr", "scales_ptr"])
 def quantize_residual_kernel(
     x_ptr, order_ptr, amax_ptr, codes_ptr, scales_ptr, decode_ptr, static_amax, parts, rows, k, plain, blocks, row_tiles,
     row_span, group_span, stride_b, stride_r, stride_k,
@@ -42,7 +42,7 @@ def quantize_residual_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize_on_alignment=["codes_ptr", "scales_ptr"])
+@triton.jit(do_not_specialize_on_alignment=["order_ptr", "codes_ptr", "scales_ptr"])
 def quantize_residual_here_kernel(
     x_ptr, order_ptr, codes_ptr, scales_ptr, decode_ptr, rows, k, plain, blocks, row_tiles, block_tiles,
     row_span, group_span, stride_b, stride_r, stride_k,
@@ -57,7 +57,7 @@ def quantize_residual_here_kernel(
     x_ptr += batch.to(tl.int64) * stride_b
     largest = tl.zeros([A, B], tl.float32)
     first, count = (tl.program_id(0), 1) if PER_ROW else (0, row_tiles)
-    for tile in range(0, count * block_tiles):
+    for tile in range(count * block_tiles):
         from_row, from_block = (first + tile // block_tiles) * A, tile % block_tiles * B
         x = load_tile(x_ptr, from_row, from_block, rows, k, stride_r, stride_k, ACCESS, 1, False, UNIT, 0, A, B)
         largest = tl.maximum(largest, finite_max(x, A, B, UNIT))

@@ -54,6 +54,7 @@ class OutlierRule:
 def outliers_of(statistics: LayerStatistics, rule: OutlierRule, block: int, *, site: str, k: object) -> Outliers | None:
     """The outliers of the activation that `site` multiplies along `k` channels, in blocks of `block`; None where the rule finds none.
 
+    Where `most` leaves less than one `multiple`, the value says so, with a count of 0: reports must show it, and the order is still one.
     Equal statistics give one and the same value. Raises `CalibratedForAnotherWidth`.
     """
     if k != statistics.k:
@@ -83,7 +84,7 @@ def _chosen(source: _Source, rule: OutlierRule, block: int) -> Outliers | None:
     ranked = F.pad(ranked.float(), (0, padded - statistics.k), value=-1.0)  # padding is no outlier, and comes first
     wanted = min(round_up(math.ceil(_count(ranked, statistics, rule, block)), rule.multiple), padded)
     count = min(wanted, int(rule.most * statistics.k) // rule.multiple * rule.multiple)
-    if not count:
+    if not wanted:
         return None
     order = torch.argsort(ranked if rule.reorder else _by_block(ranked, block), stable=True)
     return Outliers(order=order.to(torch.int32), count=count, wanted=wanted)
