@@ -23,19 +23,28 @@ _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 if hasattr(gl.shared_memory_descriptor, "reinterpret"):
 
     @gluon.jit
-    def _as_steps(weight):
-        """Chunks (stages, N, 128) of the decoded weight as steps (2 stages, N, 64), which is how swizzled tiles lie in memory."""
+    def as_steps(weight):
+        """Chunks (stages, N, 128) of the weight, or of x, as steps (2 stages, N, 64), which is how swizzled tiles lie in memory."""
         return weight.reinterpret(weight.dtype, [2 * weight.shape[0], weight.shape[1], STEP], weight.layout)
 
 else:
 
     @gluon.jit
-    def _as_steps(weight):
+    def as_steps(weight):
         return weight._reinterpret(weight.dtype, [2 * weight.shape[0], weight.shape[1], STEP], weight.layout)
 
 
 _tiled_pair = gluon.jit(_tile_decode.tiled_pair.fn)
-_nan_flags = gluon.jit(_tile_decode.nan_flags.fn)
+# Two e4m3 bytes to two pairs of equal halves, exact, NaN to NaN: an instruction of sm_89 makes halves of them.
+_SCALES_FLOAT16: gl.constexpr = gl.constexpr(
+    "{ .reg .b32 both, power; cvt.rn.f16x2.e4m3x2 both, $2; mov.b32 power, 0x58005800; mul.rn.f16x2 both, both, power; "
+    "prmt.b32 $0, both, both, 0x1010; prmt.b32 $1, both, both, 0x3232; }"
+)
+_SCALES_BFLOAT16: gl.constexpr = gl.constexpr(
+    "{ .reg .b32 both; .reg .b16 low, high; .reg .f32 x, y; cvt.rn.f16x2.e4m3x2 both, $2; mov.b32 {low, high}, both; "
+    "cvt.f32.f16 x, low; cvt.f32.f16 y, high; mul.f32 x, x, 0f7A800000; mul.f32 y, y, 0f7A800000; "
+    "cvt.rn.bf16x2.f32 $0, x, x; cvt.rn.bf16x2.f32 $1, y, y; }"
+)
 
 
 @gluon.jit
@@ -126,7 +135,7 @@ def _multiply(
     BLOCK_M: gl.constexpr = x_shared.shape[1]
     CODE_STAGES: gl.constexpr = codes_shared.shape[0]
     MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[gl.num_warps(), 1], instr_shape=[16, BLOCK_N, 16])
-    w_steps = _as_steps(w_shared)
+    w_steps = as_steps(w_shared)
     steps = 2 * count
     for stage in gl.static_range(CODE_STAGES):
         _load_codes(codes_desc, scales_desc, codes_shared, scales_shared, codes_ready, tile, first, stage, stage < count)
@@ -228,20 +237,23 @@ def _decode(codes, scales, HALF: gl.constexpr):
 
 
 @gluon.jit
-def decode_half_chunk(codes, scales, SECOND: gl.constexpr, HALF: gl.constexpr):
-    """[16 tiles, 64] in HALF: the first or the SECOND block of each lane t, in the order of `pair_columns_kernel`."""
+def decode_fragments(codes, scales, PART: gl.constexpr, HALF: gl.constexpr):
+    """[16 tiles, 128] in HALF, in the order of `pair_columns_kernel`: all lanes' first blocks, then their second ones; or PART alone."""
     FP16: gl.constexpr = gl.float16 == HALF
     TILES: gl.constexpr = codes.shape[0]
-    even, odd = gl.split(gl.reshape(codes, [16 * TILES, 4, 2, 2]))  # [rows, t, block]
-    first = gl.split(even)[SECOND]
-    second = gl.split(odd)[SECOND]
+    first, second = gl.split(gl.reshape(codes, [16 * TILES, 4, 2, 2]))  # [rows, t, block]
     both = gl.reshape(scales, [TILES, 8, 4])
-    top, bottom = gl.split(_by_block(both, FP16))[SECOND], gl.split(_by_block(both >> 16, FP16))[SECOND]
-    scale = gl.reshape(gl.permute(gl.join(top, bottom), (0, 3, 1, 2)), first.shape)
-    scale = gl.convert_layout(scale, first.type.layout, assert_trivial=True)
-    every = _block_pairs(first, second, scale, FP16)
-    every = gl.join(every.to(gl.int16), (every >> 16).to(gl.int16))  # [rows, t, bits 2 to 0 of the pair, half of the pair]
-    return gl.reshape(gl.permute(every, (0, 2, 3, 4, 1, 5)), [16 * TILES, 64]).to(HALF, bitcast=True)
+    scale = gl.permute(gl.join(_by_block(both, FP16), _by_block(both >> 16, FP16)), (0, 4, 1, 2, 3))
+    scale = gl.convert_layout(gl.reshape(scale, first.shape), first.type.layout, assert_trivial=True)
+    if PART is None:
+        every = _block_pairs(first, second, scale, FP16)
+        every = gl.join(every.to(gl.int16), (every >> 16).to(gl.int16))  # [rows, t, block, bits 2 to 0 of the pair, half of the pair]
+        every = gl.permute(every, (0, 2, 3, 4, 5, 1, 6))
+    else:
+        every = _block_pairs(gl.split(first)[PART], gl.split(second)[PART], gl.split(scale)[PART], FP16)
+        every = gl.join(every.to(gl.int16), (every >> 16).to(gl.int16))
+        every = gl.permute(every, (0, 2, 3, 4, 1, 5))
+    return gl.reshape(every, [16 * TILES, 128 if PART is None else 64]).to(HALF, bitcast=True)
 
 
 @gluon.jit
@@ -260,18 +272,9 @@ def _block_pairs(first, second, scale, FP16: gl.constexpr):
 
 @gluon.jit
 def _by_block(two, FP16: gl.constexpr):
-    """[tiles, g, t, 2]: pairs of the scale of each block, the two low bytes of `two`; NaN stays NaN. See `decode_scales`."""
-    spread = (two & 0x00FF) | ((two << 8) & 0x00FF0000)
-    LEFT: gl.constexpr = 7 if FP16 else 4
-    MAGNITUDE: gl.constexpr = 0x3F803F80 if FP16 else 0x07F007F0
-    both = ((spread << LEFT) & MAGNITUDE) | ((spread << 8) & -0x7FFF8000)
-    power = gl.full(both.shape, 0x78007800 if FP16 else 0x7B007B00, gl.int32, both.type.layout)  # 2^15, 2^119
-    both = _multiply_pairs(both, power, FP16)
-    if not FP16:
-        both = _multiply_pairs(both, power, FP16)
-    flags = _nan_flags(two)
-    first = gl.where((flags & 0x80) != 0, 0x7FFF7FFF, (both & 0xFFFF) | (both << 16))
-    second = gl.where((flags & 0x8000) != 0, 0x7FFF7FFF, (both & -0x10000) | ((both >> 16) & 0xFFFF))
+    """[tiles, g, t, 2]: pairs of the scale of each block, the two low bytes of `two`, times 2^7 or 2^118; see `decode_scales`."""
+    ASM: gl.constexpr = _SCALES_FLOAT16 if FP16 else _SCALES_BFLOAT16
+    first, second = gl.inline_asm_elementwise(ASM, "=r,=r,h", [two.to(gl.int16)], dtype=(gl.int32, gl.int32), is_pure=True, pack=1)
     return gl.join(first, second)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from fp4compile.codegen.kernels.hopper_tiles import RegisterTile
 from fp4compile.codegen.kernels.launch_hopper import code_descriptors, finish_splits, splits_of, stride_of, x_descriptor
 from fp4compile.codegen.kernels.register_mm import register_mm_kernel
-from fp4compile.codegen.kernels.wide_decode_mm import pair_columns_kernel
+from fp4compile.codegen.kernels.wide_decode_mm import pair_columns_kernel, pair_tiled_columns_kernel
 from fp4compile.codegen.target import processors_of
 
 
@@ -20,10 +20,7 @@ def multiply_register(
     m, n = out.shape
     chunks = codes.shape[1]
     a_split, splits = splits_of(chunks, tile.splits)
-    paired = x.new_empty((m, 128 * chunks))
-    pair_columns_kernel[(m, -(-paired.shape[1] // 1024))](
-        x, paired, x.shape[1], *x.stride(), paired.shape[1], TILED=True, PDL=tile.early, num_warps=4, enable_fp_fusion=False
-    )
+    paired = _paired(x, chunks, tile.early)
     last = (a_global, b_global, bias)
     partial = out if splits == 1 else out.new_empty((splits, m, n), dtype=torch.float32)
     tiles = -(-m // tile.block_m) * -(-n // (64 * tile.groups))
@@ -35,3 +32,19 @@ def multiply_register(
         **({"launch_pdl": True} if tile.early else {}),
     )  # fmt: skip
     finish_splits(partial, last, out, splits)
+
+
+def _paired(x: Tensor, chunks: int, early: bool) -> Tensor:
+    """x (M, K) as (M, 128 `chunks`), zero-padded, its columns in the order in which lanes hold the weight."""
+    m, k = x.shape
+    paired = x.new_empty((m, 128 * chunks))
+    if x.stride(1) == 1 and k % 2 == 0 and x.stride(0) % 2 == 0 and x.data_ptr() % 4 == 0:
+        words, out = x.view(torch.int32), paired.view(torch.int32)
+        pair_tiled_columns_kernel[(m, -(-out.shape[1] // 1024))](
+            words, out, k // 2, words.stride(0), out.shape[1], PDL=early, num_warps=4, enable_fp_fusion=False
+        )
+    else:
+        pair_columns_kernel[(m, -(-paired.shape[1] // 1024))](
+            x, paired, k, *x.stride(), paired.shape[1], TILED=True, PDL=early, num_warps=4, enable_fp_fusion=False
+        )
+    return paired

@@ -13,7 +13,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma
 
-from fp4compile.codegen.kernels.hopper_mm import _barrier, _barriers, _load_tile, decode_half_chunk, store_transposed, tile_at
+from fp4compile.codegen.kernels.hopper_mm import _barrier, _barriers, _load_tile, as_steps, decode_fragments, store_transposed, tile_at
 
 CHUNK: gl.constexpr = gl.constexpr(128)  # of k, the unit of the tiled layout
 STEP: gl.constexpr = gl.constexpr(64)  # of k, what x comes in
@@ -37,7 +37,7 @@ def register_mm_kernel(
     first = gl.program_id(1) * chunks_a_split
     count = gl.minimum(chunks - first, chunks_a_split)
     out_ptr += gl.program_id(1).to(gl.int64) * split_stride
-    x_shared = gl.allocate_shared_memory(HALF, [2 * STAGES, BLOCK_M, STEP], x_desc.layout)
+    x_shared = gl.allocate_shared_memory(HALF, [STAGES, BLOCK_M, CHUNK], x_desc.layout)
     codes_shared = gl.allocate_shared_memory(gl.int32, [STAGES, 4 * GROUPS, 8, 32], codes_desc.layout)
     scales_shared = gl.allocate_shared_memory(gl.int32, [STAGES, 4 * GROUPS, 1, 32], scales_desc.layout)
     ready = _barriers(STAGES, 1)
@@ -92,16 +92,16 @@ def _load_all(
         tl.extra.cuda.gdc_wait()  # the weight is older than the launch before this one, which made x
     for load in gl.static_range(STAGES):
         _load_x(x_desc, x_shared, ready, row, first + load, load, load < count)
-    done = gl.minimum(count, STAGES)
-    chunk = done
+    begun = gl.minimum(count, STAGES)
+    done = begun
     for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
         row, column = tile_at(index, m, n, BLOCK_M, 16 * TILES, BAND)
-        for i in range(chunk, count):
+        # No variable of the loop: Triton takes two that begin alike for one, whatever becomes of them.
+        for i in range(gl.where(index == gl.program_id(0), begun, 0), count):
             mbarrier.wait(free.index(done % STAGES), (done // STAGES & 1) ^ 1)
             _load_weight(x_desc, codes_desc, scales_desc, codes_shared, scales_shared, ready, column // 16, first + i, done, True)
             _load_x(x_desc, x_shared, ready, row, first + i, done, True)
             done += 1
-        chunk = gl.to_tensor(0)
 
 
 @gluon.jit
@@ -118,8 +118,9 @@ def _load_weight(x_desc, codes_desc, scales_desc, codes_shared, scales_shared, r
 def _load_x(x_desc, x_shared, ready, row, chunk, i, wanted):
     stage = i % ready.shape[0]
     at = ready.index(stage)
-    _load_tile(x_desc, [row, chunk * CHUNK], at, x_shared.index(2 * stage), pred=wanted)
-    _load_tile(x_desc, [row, chunk * CHUNK + STEP], at, x_shared.index(2 * stage + 1), pred=wanted)
+    steps = as_steps(x_shared)
+    _load_tile(x_desc, [row, chunk * CHUNK], at, steps.index(2 * stage), pred=wanted)
+    _load_tile(x_desc, [row, chunk * CHUNK + STEP], at, steps.index(2 * stage + 1), pred=wanted)
 
 
 @gluon.jit
@@ -142,9 +143,14 @@ def _multiply(
             mbarrier.wait(ready.index(stage), done // STAGES & 1)
             codes = codes_shared.index(stage).slice(4 * GROUP, 4).load(CODES)
             scales = scales_shared.index(stage).slice(4 * GROUP, 4).load(SCALES)
-            for half in gl.static_range(2):
-                weight = gl.convert_layout(decode_half_chunk(codes, scales, half, x_shared.dtype), gl.DotOperandLayout(0, MMA, 2))
-                acc = warpgroup_mma(weight, x_shared.index(2 * stage + half).permute((1, 0)), acc)
+            if BLOCK_M >= 128 and BLOCK_N >= 256:  # in halves, for there are few registers
+                x_steps = as_steps(x_shared)
+                for part in gl.static_range(2):
+                    weight = gl.convert_layout(decode_fragments(codes, scales, part, x_shared.dtype), gl.DotOperandLayout(0, MMA, 2))
+                    acc = warpgroup_mma(weight, x_steps.index(2 * stage + part).permute((1, 0)), acc)
+            else:
+                weight = gl.convert_layout(decode_fragments(codes, scales, None, x_shared.dtype), gl.DotOperandLayout(0, MMA, 2))
+                acc = warpgroup_mma(weight, x_shared.index(stage).permute((1, 0)), acc)
             _barrier()  # all four warps have read
             mbarrier.arrive(free.index(stage), count=1)
             done += 1

@@ -145,3 +145,16 @@ def pair_columns_kernel(x_ptr, out_ptr, k, stride_r, stride_k, padded_k, TILED: 
     source = at // 128 * 128 + t * 32 + j * 8 + (u * 4 + c * 2 + e if TILED else e * 4 + u * 2 + c)
     value = tl.load(x_ptr + row * stride_r + source.to(tl.int64) * stride_k, mask=source < k, other=0.0)
     tl.store(out_ptr + row * padded_k + at, value, mask=at < padded_k)
+
+
+@triton.jit
+def pair_tiled_columns_kernel(x_ptr, out_ptr, pairs, stride_r, padded_pairs, PDL: tl.constexpr):
+    """As `pair_columns_kernel` for a tiled weight, on int32 x (M, `pairs`), two neighbouring columns each, to (M, `padded_pairs`)."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * 1024 + tl.arange(0, 1024)
+    source = at // 64 * 64 + at % 4 * 16 + at // 16 % 4 * 4 + at // 8 % 2 * 2 + at // 4 % 2
+    value = tl.load(x_ptr + row * stride_r + source, mask=source < pairs, other=0)
+    tl.store(out_ptr + row * padded_pairs + at, value, mask=at < padded_pairs)

@@ -132,6 +132,17 @@ def nan_rows(m: int) -> float:
     return 0.0 if right else float("nan")
 
 
+def every_code(rows: int, dtype: torch.dtype, layout: str) -> float:
+    """Every code under every scale: one-hot rows of x read the dequantized weight out."""
+    pairs = torch.tensor([low | (low + 1) << 4 for low in range(0, 16, 2)], dtype=torch.uint8, device="cuda")
+    codes = pairs.repeat(256, 8)
+    scales = torch.arange(256, dtype=torch.uint8, device="cuda")[:, None].repeat(1, 8).view(torch.float8_e4m3fn)
+    x = torch.eye(128, dtype=dtype, device="cuda").repeat(-(-rows // 128), 1)[:rows]
+    got = MM(x, None, None, *lay_out_ref(codes, scales, layout), None, None, 128, torch.float32, b_layout=layout)
+    want = dequantize_ref(codes, scales).mT.repeat(-(-rows // 128), 1)[:rows]
+    return float(torch.where(want.isnan(), ~got.isnan(), got != want).sum())
+
+
 def checks() -> dict[str, Callable[[], float]]:
     every: dict[str, Callable[[], float]] = {}
     shapes = ((1, 32, 64), (7, 1040, 4096), (17, 528, 1008), (64, 4096, 2048), (129, 784, 336), (300, 528, 2080))
@@ -151,6 +162,8 @@ def checks() -> dict[str, Callable[[], float]]:
         every[f"groups {a} tiled={tiled} {ends}"] = functools.partial(exact_groups, a, tiled, ends)
     for m, dtype in itertools.product((1, 8, 40, 200, 2048), (torch.bfloat16, torch.float16)):
         every[f"error M={m} {dtype}"] = functools.partial(error, m, 1024, 4096, dtype)
+    for m, dtype, layout in itertools.product((16, 128, 512), (torch.bfloat16, torch.float16), ("plain", "tiled")):
+        every[f"every code, M={m} {dtype} {layout}"] = functools.partial(every_code, m, dtype, layout)
     for m in (4, 32, 200):
         every[f"x from 2^-100 to 2^100, M={m}"] = functools.partial(error, m, 512, 1024, torch.bfloat16, 100)
         every[f"NaN scales, M={m}"] = functools.partial(nan_rows, m)

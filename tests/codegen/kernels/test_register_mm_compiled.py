@@ -59,12 +59,12 @@ def test_fits_spills_nothing_and_writes_no_register_in_flight(
     tile: RegisterTile, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     code = compiled(kind, tile, monkeypatch, tmp_path)
-    assert code.local == 0 and code.stack <= 8  # two numbers that a program computes once may wait there
+    assert code.local == 0 and code.stack <= 8  # two numbers that are computed once may wait there
     assert code.shared <= SHARED_MEMORY
     assert not written_in_flight(code)
     loop = code.main_loop()
     assert loop["HGMMA"] == 8 and loop["STS"] == loop["SHFL"] == loop["LDL"] == loop["STL"] == 0  # nothing decoded moves between threads
-    assert loop.total() <= (290 if kind == "float16" else 240)  # for the 64 codes of a thread; float16 has its own place for a magnitude
+    assert loop.total() <= (260 if kind == "float16" else 200)  # for the 64 codes of a thread; float16 has its own place for a magnitude
 
 
 def test_the_check_finds_a_register_that_is_written_too_early() -> None:
