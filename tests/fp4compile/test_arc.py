@@ -53,7 +53,7 @@ def llama() -> Llama:
 def artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch._dynamo.reset()
     path = tmp_path_factory.mktemp("arc") / "llama.pt"
-    fp4compile.calibrate(llama(), [tokens(1), tokens(2)], out=path, progress=False)
+    fp4compile.calibrate(llama(), [tokens(1), tokens(2)], out=path, moments="full", progress=False)
     return path
 
 
@@ -137,6 +137,14 @@ def test_freed_weights_come_back_from_their_codes(artefact: Path) -> None:
     order = outliers_of(statistics, OutlierRule(**ARC), 16, site="", k=80).order.long()  # type: ignore[union-attr]
     values = dequantize_ref(*quantize_ref(original[:, order], W))
     assert torch.equal(model.blocks[0].down_proj.weight[:, order], values)
+
+
+def test_weights_by_gptq_take_part(artefact: Path) -> None:
+    model, x = llama(), tokens(1)
+    calibrated = policy(artefact)
+    calibrated["default"]["weight"] = {"scale_rule": "local_hessian", "rounding": "gptq"}
+    exact = model(x)
+    assert (compiled(model, calibrated)(x) - exact).norm() < 0.9 * (compiled(model, policy(artefact))(x) - exact).norm()
 
 
 def test_what_was_not_calibrated_is_named(artefact: Path) -> None:
