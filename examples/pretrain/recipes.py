@@ -8,8 +8,11 @@ from typing import Any
 NEAREST = {"gradient": {"rounding": "nearest"}}
 FOUR_OVER_SIX = {"scale_rule": "four_over_six_mae"}
 RANDOM_128 = {"hadamard": 128, "signs": "random"}
+RANDOM_16 = {"hadamard": 16, "signs": "random"}
 EDEN = {"rounding": "eden"}
 EDEN_OF_FORWARD = {"rounding": "eden", "scale_rule": "amax", "source": "forward"}
+WIDE = {"rounding": "stochastic", "scale_rule": "amax_17_16"}
+WIDE_OF_FORWARD = {**WIDE, "source": "forward"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +56,16 @@ RECIPES = {
             "training": {
                 "dgrad": {**RANDOM_128, "gradient": EDEN, "weight": EDEN_OF_FORWARD},
                 "wgrad": {**RANDOM_128, "gradient": EDEN, "activation": EDEN_OF_FORWARD},
+            },
+        },
+    ),
+    "tetrajet2": Recipe(
+        description="as TetraJet-v2's backward: rotated and stochastic on all operands (arXiv 2510.27527)",
+        policy={
+            "default": {"weight": {"block": "1x16"}},
+            "training": {
+                "dgrad": {**RANDOM_16, "gradient": WIDE, "weight": WIDE_OF_FORWARD},
+                "wgrad": {**RANDOM_16, "gradient": WIDE, "activation": WIDE_OF_FORWARD},
             },
         },
     ),

@@ -24,6 +24,7 @@ class Recipe:
     wgrad_x: QuantConfig | None = None
     wgrad_dy: QuantConfig | None = None
     dequantized: bool = False  # the backward is in high precision, on the values of the forward's operands
+    of_forward: bool = False  # what dgrad quantizes of the weight and wgrad of the activation are those values
 
 
 def product(
@@ -59,6 +60,8 @@ class _Linear(torch.autograd.Function):
         if r.dequantized:
             weight, flat = (_values(t, c)[:, : t.shape[1]].to(x.dtype) for t, c in ((weight, r.fprop_w), (flat, r.fprop_x)))
             return (flat_dy @ weight).view(x.shape), flat_dy.T @ flat, flat_dy.sum(0), None
+        if r.of_forward:
+            weight, flat = (_values(t, c)[:, : t.shape[1]].to(x.dtype) for t, c in ((weight, r.fprop_w), (flat, r.fprop_x)))
         dx = product(flat_dy, weight.T, r.dgrad_dy, r.dgrad_w, None, x.dtype).view(x.shape)
         dw = product(flat_dy.T, flat.T, r.wgrad_dy, r.wgrad_x, None, x.dtype)
         return dx, dw, flat_dy.sum(0), None

@@ -8,6 +8,33 @@ from fp4compile.codegen.errors import IllegalCombination
 from fp4compile.policy.load import load_policy
 
 ILLEGAL = {
+    "EDEN in the forward": (
+        {"extends": "nvfp4", "rule": [{"match": "x", "role": "fprop", "weight": {"rounding": "eden"}}]},
+        "inline policy, rule 1 (fprop): rounding = eden on the weight of the forward. Training diverges with it",
+    ),
+    "EDEN without a rotation": (
+        {"extends": "nvfp4", "training": {"wgrad": {"gradient": {"rounding": "eden"}}}},
+        "inline policy, [training] wgrad (wgrad): rounding = eden on the gradient with hadamard = 0 and signs = fixed.",
+    ),
+    "EDEN under fixed signs": (
+        {"extends": "nvfp4", "training": {"wgrad": {"hadamard": 128, "gradient": {"rounding": "eden"}}}},
+        "inline policy, [training] wgrad (wgrad): rounding = eden on the gradient with hadamard = 128 and signs = fixed.",
+    ),
+    "EDEN with a scale chosen by its error": (
+        {
+            "extends": "nvfp4",
+            "training": {"wgrad": {"hadamard": 128, "signs": "random", "activation": {"rounding": "eden", "scale_rule": "four_over_six"}}},
+        },
+        "inline policy, [training] wgrad (wgrad activation): rounding = eden with scale_rule = four_over_six. EDEN maps",
+    ),
+    "the forward's values in the forward": (
+        {"default": {"precision": "w4a4", "weight": {"source": "forward"}}},
+        'inline policy, [default] (fprop): source = "forward" on the weight. It lets the backward quantize',
+    ),
+    "the forward's values of a gradient": (
+        {"extends": "nvfp4", "training": {"dgrad": {"gradient": {"source": "forward"}}}},
+        'inline policy, [training] dgrad (dgrad): source = "forward" on the gradient. It lets the backward quantize',
+    ),
     "stochastic weight in the forward": (
         {"extends": "nvfp4", "rule": [{"match": "a", "weight": {"rounding": "stochastic", "scale_rule": "amax"}}]},
         "inline policy, rule 1 (fprop): rounding = stochastic on the weight of the forward. Training diverges with it (arXiv 2509.25149)",

@@ -151,7 +151,7 @@ UNKNOWN = [
         "unknown scale_rule 'four_over_6' in a.toml, rule 1, weight. Did you mean 'four_over_six'?",
     ),
     (f"{RULE}weight = {{ block = '16' }}", "unknown block '16' in a.toml, rule 1, weight. Did you mean '1x16'? Valid: 16x16, 1x16, 1x32."),
-    (f"{RULE}weight = {{ rounding = 'sr' }}", "unknown rounding 'sr' in a.toml, rule 1, weight. Valid: gptq, nearest, stochastic."),
+    (f"{RULE}weight = {{ rounding = 'sr' }}", "unknown rounding 'sr' in a.toml, rule 1, weight. Valid: eden, gptq, nearest, stochastic."),
     (f"{RULE}role = ['fprop', 'dgrda']\nprecision = 'high'", "unknown role 'dgrda' in a.toml, rule 1. Did you mean 'dgrad'?"),
     (f"{RULE}op = 'aten.bmmm'\nprecision = 'high'", "unknown op 'bmmm' in a.toml, rule 1. Did you mean 'bmm'?"),
     (f"{RULE}trait = 'tide'\nprecision = 'high'", "unknown trait 'tide' in a.toml, rule 1. Did you mean 'tied'?"),
