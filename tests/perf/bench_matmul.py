@@ -1,8 +1,8 @@
 """The public products on the GPU at hand: verified, then timed beside cuBLAS, torch's int4 product and the floor of bytes and operations.
 
 Run `python tests/perf/bench_matmul.py FOLDER [--tiles] [--rows M,M,...]`; no installation is needed. What is timed is
-`torch.ops.fp4.scaled_mm`, medians from CUDA graphs over rotating copies of the weight larger than L2. `--tiles` times other tiles of the
-Hopper kernel too. Results go to FOLDER/matmul.json, ratios to cuBLAS bfloat16 in the same run.
+`torch.ops.fp4.scaled_mm`, medians from CUDA graphs over rotating copies of the weight larger than L2. `--tiles` times what else
+might have been chosen. Results go to FOLDER/matmul.json, ratios to cuBLAS bfloat16 in the same run.
 """
 
 # ruff: noqa: T201 (a script prints)
@@ -33,7 +33,7 @@ _PACKAGE = link_package()
 
 from fp4compile.codegen import ops  # noqa: E402 (after link_package)
 from fp4compile.codegen.formats import QuantConfig  # noqa: E402
-from fp4compile.codegen.kernels.decode_mm import DecodeTile, choose_tile, decode_mm  # noqa: E402
+from fp4compile.codegen.kernels.decode_mm import DecodeTile, NarrowTile, choose_tile, decode_mm  # noqa: E402
 from fp4compile.codegen.kernels.hopper_tiles import HALF_TILES, REGISTER_TILES, TILES, HopperTile  # noqa: E402
 from fp4compile.codegen.reference.block import dequantize_ref  # noqa: E402
 from fp4compile.codegen.reference.grouped import scaled_grouped_mm_ref  # noqa: E402
@@ -225,12 +225,8 @@ def measure(n: int, k: int, rows: tuple[int, ...], tiles: bool) -> Iterator[dict
             calls["w4a4 plain"] = [functools.partial(MM, *quantized, *w, scale, None, k, torch.bfloat16) for w in plain]
         if m == 4096:
             calls["w4a4 tiled, quantize included"] = [functools.partial(quantize_and_multiply, x, w, scale, k) for w in tiled]
-        for tile in (*TILES, *OTHER_TILES) if tiles and m >= 16 else ():
-            programs = -(-n // tile.block_n) * -(-m // tile.block_m)
-            for splits in (1, 2, 4) if programs <= 66 else (1,):
-                if m >= tile.block_m // 2 and m <= 16 * tile.block_m:
-                    other = replace(tile, splits=splits)
-                    calls[f"{other}"] = [functools.partial(decode_mm, x, *w, scale, None, torch.bfloat16, n=n, tile=other) for w in tiled]
+        for tile in other_choices(m) if tiles else ():
+            calls[f"{tile}"] = [functools.partial(decode_mm, x, *w, scale, None, torch.bfloat16, n=n, tile=tile) for w in tiled]
         times = {name: microseconds(each, torch.device("cuda"), QUICK) for name, each in calls.items()}
         floor = max((n * k * 9 / 16 + 2 * m * (n + k)) / 3.0e6, 2e-6 * m * n * k / 990)
         print(f"{n}x{k} M={m}: cuBLAS {times['cublas']:.1f}, floor {floor:.1f}, {choose_tile(m, n, k, True)}", flush=True)
@@ -238,6 +234,15 @@ def measure(n: int, k: int, rows: tuple[int, ...], tiles: bool) -> Iterator[dict
             if name != "cublas":
                 print(f"   {time:8.1f} {times['cublas'] / time:5.2f}x {name}", flush=True)
         yield {"n": n, "k": k, "m": m, "floor": floor, "microseconds": times}
+
+
+def other_choices(m: int) -> tuple[DecodeTile, ...]:
+    """What the choice of a tile should be checked against."""
+    if m <= 8:
+        warps = ((1, 4), (2, 2), (2, 4), (4, 2))
+        return tuple(NarrowTile(row_tiles=rows, warps_r=r, warps_k=k) for rows, (r, k) in itertools.product((1, 2), warps))
+    fitting = tuple(tile for tile in REGISTER_TILES if m // 2 < tile.block_m <= 2 * m or tile.block_m == 128 <= m)
+    return (*fitting, *(TILES if 64 < m < 512 else ()), *(HALF_TILES if m >= 256 else ()))
 
 
 def quantize_and_multiply(x: Tensor, weight: tuple[Tensor, Tensor], scale: Tensor, k: int) -> Tensor:
