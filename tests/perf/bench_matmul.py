@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import faulthandler
 import functools
 import itertools
 import json
@@ -48,6 +49,7 @@ TRAINING = [(8192, 4096, 4096), (8192, 11008, 4096), (8192, 4096, 11008), (8192,
 ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 4096)
 WORST_ERROR = 5e-4  # norm ratio against float64 of the exact dequants, float32 output
 REPEATS = 200
+HANGS_AFTER = 60.0  # seconds of one check, its compilation included
 MM, GROUPED = torch.ops.fp4.scaled_mm, torch.ops.fp4.scaled_grouped_mm
 
 OTHER_TILES = (
@@ -176,6 +178,8 @@ def verify_part(part: int, parts: int, out: Path) -> None:
     names = sorted(every)[part::parts]
     wrong, worst = 0, 0.0
     for name in names:
+        out.write_text(json.dumps({"running": name}))
+        faulthandler.dump_traceback_later(HANGS_AFTER, exit=True)
         try:
             found = every[name]()
         except FAILURES as failure:
@@ -186,6 +190,7 @@ def verify_part(part: int, parts: int, out: Path) -> None:
         else:
             wrong += 1
             print(f"WRONG {name}: {found}", flush=True)
+    faulthandler.cancel_dump_traceback_later()
     out.write_text(json.dumps({"of": len(names), "wrong": wrong, "worst": worst}))
 
 
@@ -197,7 +202,11 @@ def verify_all(folder: Path) -> dict[str, Any]:
     total: dict[str, Any] = {"of": 0, "wrong": 0, "worst": 0.0}
     for i, process in enumerate(processes):
         part = folder / f"part{i}"
-        found = json.loads(part.read_text()) if process.wait() == 0 else {"of": 0, "wrong": 1, "worst": 0.0}
+        died = process.wait() != 0
+        found = json.loads(part.read_text()) if part.exists() else {}
+        if died:
+            print(f"DIED in {found.get('running')}", flush=True)
+            found = {"of": 0, "wrong": 1, "worst": 0.0}
         part.unlink(missing_ok=True)
         total = {"of": total["of"] + found["of"], "wrong": total["wrong"] + found["wrong"], "worst": max(total["worst"], found["worst"])}
     print(f"{total['wrong']} of {total['of']} checks wrong, worst error {total['worst']:.1e}", flush=True)
