@@ -76,8 +76,9 @@ def _with_signs(operand: Operand, signs: fx.Node, node: fx.Node) -> fx.Node:
     value = fake_of(source)
     with graph.inserting_before(node), value.fake_mode:
         length = size_node(graph, source, operand.axis, like=node)
-        kwargs = {"dtype": torch.int64, "device": value.device, "pin_memory": False}
-        place = call(graph, aten.arange.start_step, (0, length, 1), kwargs, like=node, tag="is_backward")
+        # Not aten.arange: Inductor decomposes it before passes run, and torch 2.11 has no lowering of it afterwards.
+        kwargs = {"start": 0, "step": 1, "dtype": torch.int64, "device": value.device, "requires_grad": False}
+        place = call(graph, torch.ops.prims.iota.default, (length,), kwargs, like=node, tag="is_backward")
         place = call(graph, aten.remainder.Scalar, (place, fake_of(signs).shape[0]), like=node, tag="is_backward")
         drawn = call(graph, aten.index.Tensor, (signs, [place]), like=node, tag="is_backward")
         if operand.axis == -2:
