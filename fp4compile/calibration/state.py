@@ -96,7 +96,7 @@ def beside(out: str | os.PathLike[str]) -> Path:
 
 def digest_of(batch: Any) -> str:
     """Of the tensors, numbers and texts of a batch."""
-    leaves, structure = tree_flatten(batch)
+    leaves, structure = tree_flatten(dict(batch) if isinstance(batch, Mapping) else batch)  # a tokenizer gives a mapping of its own kind
     found = hashlib.sha256(str(structure).encode())
     for leaf in leaves:
         if isinstance(leaf, Tensor):

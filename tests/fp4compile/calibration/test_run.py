@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from collections import UserDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 import fp4compile
 from fp4compile.calibration.record import Calibration, load_calibration
 from fp4compile.calibration.run import NoBatches, NotFiniteInput, NothingRead, calibrate
-from fp4compile.calibration.state import OtherBatches, OtherRun
+from fp4compile.calibration.state import OtherBatches, OtherRun, digest_of
 from fp4compile.calibration.watch import TwoLayersOneName
 from fp4compile.codegen.errors import UnknownName
 from tests.fp4compile.llama import Llama
@@ -216,6 +217,14 @@ def test_batches_are_tensors_tuples_or_mappings():
     assert found.statistics_for("up").amax == 2 * x.abs().amax().item()
     linear = nn.Linear(16, 24)
     assert calibrate(linear, [x, (x,), [x]], progress=False).entries[0].tokens == 12
+
+
+def test_batches_are_told_apart_by_their_values():
+    x = torch.arange(6.0).view(2, 3)
+    batches = [x, x.view(3, 2), x.double(), -x, (x,), (x, 1), (x, 2), {"x": x}, UserDict(x=x), UserDict(x=-x)]
+    digests = [digest_of(batch) for batch in batches]
+    assert len(set(digests)) == len(batches) - 1 and digests[7] == digests[8]  # any mapping counts as one
+    assert digest_of(x.clone()) == digest_of(x.mT.contiguous().mT) == digests[0]
 
 
 def test_a_layer_that_is_called_twice_has_a_name_for_each_call():
