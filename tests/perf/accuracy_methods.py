@@ -43,7 +43,7 @@ class Method:
     @property
     def needs_data(self) -> bool:
         """Whether it was calibrated, or chosen, on text."""
-        return bool(self.weight.calibrated and self.weight.data == "text") or bool(self.outliers or self.keep)
+        return bool(self.keep) or (self.weight.data == "text" and bool(self.weight.calibrated or self.outliers))
 
     @property
     def scheme(self) -> str:
@@ -95,6 +95,14 @@ W4A4: Final = (
     _row("local Hessian, activations 4/6", SWEEP, FOUR_OVER_SIX, calibrated="local_hessian"),
     _row("GPTQ + local Hessian, activations 4/6", SWEEP, FOUR_OVER_SIX, calibrated=BOTH),
     _row("GPTQ + local Hessian of random tokens, activations 4/6", SWEEP, FOUR_OVER_SIX, calibrated=BOTH, data="random"),
+    _row(
+        "ARC + 4/6, a quarter, GPTQ + local Hessian of random tokens",
+        SWEEP,
+        FOUR_OVER_SIX,
+        calibrated=BOTH,
+        outliers="quarter",
+        data="random",
+    ),
     _row("ARC", PLAIN, PLAIN, outliers="threshold"),
     _row("ARC + 4/6", FOUR_OVER_SIX, FOUR_OVER_SIX, outliers="threshold"),
     _row("ARC + 4/6, a quarter", FOUR_OVER_SIX, FOUR_OVER_SIX, outliers="quarter"),
