@@ -33,7 +33,7 @@ from tests.perf.linked_package import link_package
 _PACKAGE = link_package()
 
 from fp4compile.codegen import ops  # noqa: E402 (after link_package)
-from fp4compile.codegen.formats import QuantConfig  # noqa: E402
+from fp4compile.codegen.formats import GlobalScale, QuantConfig  # noqa: E402
 from fp4compile.codegen.kernels.decode_mm import DecodeTile, NarrowTile, choose_tile, decode_mm  # noqa: E402
 from fp4compile.codegen.kernels.hopper_tiles import HALF_TILES, REGISTER_TILES, TILES, HopperTile  # noqa: E402
 from fp4compile.codegen.reference.block import dequantize_ref  # noqa: E402
@@ -79,6 +79,7 @@ def exact(
     generator = torch.Generator("cuda").manual_seed(m + n)
     a, b = (exact_side(kind, shape, generator, global_scale="row") for kind, shape in ((a_kind, (m, k)), (b_kind, (n, k))))
     bias = torch.randn(n, device="cuda", generator=generator)
+    assert b.scales is not None
     weight, layout = (b.data, b.scales), "plain"
     if tiled:
         weight, layout = lay_out_ref(b.data, b.scales, "tiled"), "tiled"
@@ -99,6 +100,7 @@ def exact_groups(a_kind: str, tiled: bool, ends: tuple[int, ...]) -> float:
     a = exact_side(a_kind, (ends[-1] + 3, 320), generator, global_scale="row")
     b = exact_side("nvfp4", (len(ends), 528, 320), generator, global_scale="tensor")
     offs = torch.tensor(ends, dtype=torch.int32, device="cuda")
+    assert b.scales is not None
     weight = lay_out_ref(b.data, b.scales, "tiled") if tiled else (b.data, b.scales)
     got = GROUPED(*a.arguments(), *weight, b.global_scale, offs, 320, torch.float32, b_layout="tiled" if tiled else "plain")
     want = scaled_grouped_mm_ref(*a.arguments(), *b.arguments(), offs, 320, torch.float32)
@@ -256,7 +258,7 @@ def other_choices(m: int) -> tuple[DecodeTile, ...]:
 
 def quantize_and_multiply(x: Tensor, weight: tuple[Tensor, Tensor], scale: Tensor, k: int) -> Tensor:
     """W4A4 as an inference graph has it: a scale a row."""
-    a = ops.QUANTIZE(x, -1, *ops.quantize_args(QuantConfig(global_scale="row")))
+    a = ops.QUANTIZE(x, -1, *ops.quantize_args(QuantConfig(global_scale=GlobalScale.ROW)))
     return MM(*a, *weight, scale, None, k, torch.bfloat16, b_layout="tiled")
 
 
@@ -297,7 +299,8 @@ def main() -> int:
     parser.add_argument("--part", type=int, nargs=2, help="used by the script itself")
     given = parser.parse_args()
     if given.part:
-        verify_part(*given.part, given.folder / f"part{given.part[0]}")
+        part, parts = given.part
+        verify_part(part, parts, given.folder / f"part{part}")
         return 0
     head = {
         "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,

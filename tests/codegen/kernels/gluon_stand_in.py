@@ -166,7 +166,7 @@ def _load_tile(descriptor: Descriptor, at: list[int], barrier: Barrier, to: Shar
         barrier.receive(descriptor.block_type.nbytes)
 
 
-def _warp_specialize(partitions: list[tuple[Callable[..., None], tuple]], warps: list[int], registers: list[int]) -> None:
+def _warp_specialize(partitions: list[tuple[Callable[..., None], tuple[Any, ...]]], warps: list[int], registers: list[int]) -> None:
     assert len(partitions) == len(warps) + 1 == len(registers) + 1
     with ThreadPoolExecutor(len(partitions)) as pool:
         running = [pool.submit(function, *arguments) for function, arguments in partitions]
@@ -185,7 +185,7 @@ def _init(barrier: Barrier, count: int) -> None:
 
 
 def _wgmma(a: Any, b: Tensor, acc: Tensor, is_async: bool = False) -> Tensor:
-    left = a.memory if isinstance(a, Shared) else a
+    left: Any = a.memory if isinstance(a, Shared) else a
     return acc + left.float() @ b.float()
 
 

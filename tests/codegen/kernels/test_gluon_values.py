@@ -90,7 +90,7 @@ def test_halves(stored_by: str) -> None:
     assert a.scales is not None and b.scales is not None and a.global_scale is not None and b.global_scale is not None
     bias = torch.randn(n, generator=generator)
     out = torch.full((m, n), float("nan"))
-    values = [dequantize_ref(side.data, side.scales)[:, :k].bfloat16() for side in (a, b)]
+    values = [dequantize_ref(*each)[:, :k].bfloat16() for each in ((a.data, a.scales), (b.data, b.scales))]
     stored = Descriptor(out, [block_m // 2, 64]) if stored_by == "copy engine" else None
     for program in range(2):
         run = on_the_cpu(half_hopper_mm_kernel, (program, 0), 2, {})
