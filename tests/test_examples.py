@@ -28,7 +28,7 @@ def load(name: str) -> ModuleType:
 
 def test_every_example_has_a_test_here_and_a_main() -> None:
     names = {path.stem for path in EXAMPLES.glob("*.py")}
-    assert names == {"quickstart", "explain_a_policy", "train"}
+    assert names == {"quickstart", "explain_a_policy", "train", "distill"}
     assert all(callable(load(name).main) for name in names)
 
 
@@ -48,3 +48,8 @@ def test_explain_a_policy() -> None:
 def test_train_learns_in_4_bits() -> None:
     final = load("train").main(["--steps", "40", "--device", "cpu"])
     assert final["bf16"] < 0.2 and final["nvfp4_train"] < 0.2  # the loss starts at 0.40
+
+
+def test_distillation_wins_back_what_quantization_costs() -> None:
+    found = load("distill").main(["--device", "cpu"])
+    assert 0.005 < found["quantized"] < 0.1 and found["distilled"] < 0.95 * found["quantized"]

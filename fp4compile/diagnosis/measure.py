@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fp4compile.codegen import ops
-from fp4compile.codegen.formats import QuantConfig, Signs, round_up
+from fp4compile.codegen.formats import QuantConfig, Signs, Source, round_up
 from fp4compile.codegen.reference.block import dequantize_ref
 
 Packed = tuple[Tensor, Tensor, Tensor]  # codes, scales, global scale
@@ -118,8 +118,12 @@ def _calibrated(x: Tensor, config: QuantConfig, axis: int) -> Packed:
 
 
 def rotated(x: Tensor, config: QuantConfig, axis: int, signs: Tensor | None) -> tuple[Tensor, QuantConfig]:
-    """What is rounded, contraction dimension last, and the config without its rotation."""
+    """What is rounded, contraction dimension last, and the config without its rotation.
+
+    What is to come from the forward's codes is measured on the original values: what a second rounding does, not the sum of both.
+    """
     x = x if axis == -1 else x.mT
+    config = replace(config, source=Source.ORIGINAL)
     if not config.hadamard:
         return x, config
     if signs is not None:

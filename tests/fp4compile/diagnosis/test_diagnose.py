@@ -206,3 +206,20 @@ def test_table_json_and_picture(tmp_path) -> None:
     picture = (tmp_path / "step_1.svg").read_text()
     assert picture.count("<title>wgrad gradient</title>") == 6 and "NaN" not in picture
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_1.json", "step_1.svg", "step_1.txt"]
+
+
+def test_eden_is_measured_as_the_backward_rotates_and_rounds() -> None:
+    eden = {"hadamard": 128, "signs": "random", "gradient": {"rounding": "eden"}}
+    of_forward = {"rounding": "eden", "source": "forward"}
+    training = {"fprop": "w4a4", "dgrad": {**eden, "weight": of_forward}, "wgrad": {**eden, "activation": of_forward}}
+    policy = {"version": 1, "extends": "bf16", "default": {"precision": "w4a4"}, "training": training}
+    model, (x, dy) = two_layers(), tensors(128)
+    found = diagnose(model, lambda run: run(x).mul(dy).sum().backward(), policy=policy, draws=8)
+    rows = [row for row in found.rows if row.role != "fprop"]
+    assert {(row.role, row.operand) for row in rows} == {
+        ("dgrad", "gradient"),
+        ("dgrad", "weight"),
+        ("wgrad", "gradient"),
+        ("wgrad", "activation"),
+    }
+    assert all(19.5 < row.sqnr_db < 21.0 and abs(row.gain_bias) < 0.004 for row in rows)
