@@ -216,6 +216,7 @@ stays in high precision. Measured on `{device}`, in float32.
 
 **Shifts.** Moving only the grid of scales, by multiplying the maximum that the global scale is made from by 2^(i/5), moves a result by
 about 0.02 nats: rounding luck. Figures are means over such shifts; in brackets the standard error over shifts, then that over windows.
+Only one number in brackets: measured at a single shift, so far.
 Rows closer than their errors are not told apart; KL is the steadier measure. `won back`: share of the nats that `W4A4 nvfp4` loses that
 the row does not. `longer K`: what ARC's residuals add to the multiplications. MXFP4 has no global scale: its shifts are one and the same.
 

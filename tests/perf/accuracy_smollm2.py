@@ -117,7 +117,7 @@ def main() -> None:
     experiment.base()
     bf16_row(model, scorer, experiment.results)
     print(f"{time.monotonic() - started:.0f} s to begin with", flush=True)
-    rows = wanted_rows(args.only)
+    rows = [row for row in wanted_rows(args.only) if not (args.no_sequential and row.weight.sequential)]
     # What may fail or takes long comes last: rows that keep something need the sensitivity.
     order = {row.name: (bool(row.keep), row.weight.sequential, "gptq" in row.weight.calibrated) for row in rows}
     parts = [[row for row in rows if order[row.name] == rank] for rank in sorted(set(order.values()))]
@@ -193,6 +193,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sensitivity-windows", type=int, default=16, help="how many of those the sensitivity is measured on")
     parser.add_argument("--shifts", type=int, default=5)
     parser.add_argument("--only", nargs="+", default=[""], help="rows whose name contains one of these")
+    parser.add_argument("--no-sequential", action="store_true", help="without the rows of GPTQ block by block, the slowest")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row after this time")
     parser.add_argument("--reference", action="store_true", help="quantize activations in plain torch instead of by kernels")
     parser.add_argument("--quick", action="store_true", help="three blocks, two windows, two shifts: whether everything runs")
