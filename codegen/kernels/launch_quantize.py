@@ -18,6 +18,7 @@ from torch import Tensor
 from fp4compile.codegen.errors import Fp4CompileError, UnsupportedDtype
 from fp4compile.codegen.formats import GlobalScale, Layout, QuantConfig, Rounding, round_up
 from fp4compile.codegen.kernels.kernel_call import KernelCall
+from fp4compile.codegen.kernels.launch_dequantize import on_device, tile_on_device
 from fp4compile.codegen.kernels.quantize import amax_kernel, hadamard_kernel, quantize_here_kernel, quantize_kernel
 from fp4compile.codegen.kernels.quantize_tiles import Tile, View, multiprocessors, power_of_two, steps, tile_of, tile_of_rows
 from fp4compile.codegen.ops import config_of
@@ -201,7 +202,7 @@ def quantize(
     """`fp4::quantize`: see `reference.block.quantize_ref`, with which every bit agrees. Swizzled scales are written as such."""
     if layout == Layout.TILED:
         codes, scales, decode = quantize(x, axis, format, block, scale_rule, global_scale, rounding, hadamard, static_amax, seed)
-        return *lay_out_ref(codes, scales, layout), decode
+        return *tiled(codes, scales), decode
     batch_shape = x.shape[:-2]
     if x.ndim > 3:
         x = x.flatten(0, -3)
@@ -222,6 +223,14 @@ def quantize(
             amax = amax_of(x, plan) if plan.needs_amax else None
             plan.quantize(x, amax, seed_of(plan, seed), codes, bytes_, decode)
     return codes, scales, decode
+
+
+def tiled(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Plain codes and scales in tiles: in training every weight after every step, so NVFP4's by one kernel."""
+    if scales.dtype != torch.float8_e4m3fn:
+        return lay_out_ref(codes, scales, Layout.TILED)
+    with on_device(codes):
+        return tile_on_device(codes, scales)
 
 
 def _in_pieces(x: Tensor, batch_shape: torch.Size, axis: int, *config: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -79,9 +79,9 @@ def exact(
     generator = torch.Generator("cuda").manual_seed(m + n)
     a, b = (exact_side(kind, shape, generator, global_scale="row") for kind, shape in ((a_kind, (m, k)), (b_kind, (n, k))))
     bias = torch.randn(n, device="cuda", generator=generator)
-    assert b.scales is not None
     weight, layout = (b.data, b.scales), "plain"
     if tiled:
+        assert b.scales is not None
         weight, layout = lay_out_ref(b.data, b.scales, "tiled"), "tiled"
     wrong = torch.zeros((), dtype=torch.int64, device="cuda")
     for dtype in (torch.float32, torch.bfloat16):

@@ -220,3 +220,14 @@ def test_decoded_values_are_rounded_once(device: torch.device, shape: tuple[int,
     for dtype in DTYPES:
         got = launch.dequantize(*parts, k, dtype)
         assert not first_differences(got, dequantize_ref(*parts)[..., :k].to(dtype).contiguous()) and got.is_contiguous()
+
+
+@pytest.mark.parametrize("axis", [-1, -2])
+@pytest.mark.parametrize("options", [{}, {"block": "16x16"}], ids=str)
+def test_tiles_of_a_weight(device: torch.device, options: dict, axis: int) -> None:
+    x = torch.randn(2, 40, 176, generator=torch.Generator(device).manual_seed(2), device=device).bfloat16()
+    arguments = quantize_args(QuantConfig(**options))
+    codes, scales, decode = launch.quantize(x, axis, *arguments, None)
+    want = (*lay_out_ref(codes, scales, "tiled"), decode)
+    for g, w in zip(launch.quantize(x, axis, *arguments, None, layout="tiled"), want, strict=True):
+        assert not first_differences(g, w.contiguous())
