@@ -58,7 +58,7 @@ def test_a_file_may_be_written_by_an_editor_on_windows(write, tmp_path):
 def test_a_name_that_is_neither_preset_nor_file():
     assert refusal(UnknownName, "nvfp4_a61") == (
         "unknown policy (no preset has this name and no such file exists) 'nvfp4_a61'. Did you mean 'nvfp4_a16'? "
-        "Valid: auto, bf16, mxfp4, mxfp4_a16, nvfp4, nvfp4_a16, nvfp4_train."
+        "Valid: auto, bf16, mxfp4, mxfp4_a16, nvfp4, nvfp4_a16, nvfp4_accurate, nvfp4_train."
     )
 
 

@@ -18,6 +18,7 @@ A, W, G = OperandKind.ACTIVATION, OperandKind.WEIGHT, OperandKind.GRADIENT
 FORWARD = {
     "nvfp4": {A: QuantConfig(), W: QuantConfig()},
     "nvfp4_a16": {W: QuantConfig()},
+    "nvfp4_accurate": {A: QuantConfig(scale_rule="four_over_six"), W: QuantConfig(scale_rule="sweep")},
     "mxfp4": {A: QuantConfig(format="mxfp4"), W: QuantConfig(format="mxfp4")},
     "mxfp4_a16": {W: QuantConfig(format="mxfp4")},
     "nvfp4_train": {A: QuantConfig(), W: QuantConfig(block="16x16")},
@@ -32,7 +33,8 @@ def decide(policy, *sites, training=False):
 
 
 def test_the_presets_are_listed_with_their_descriptions():
-    assert [name for name, _ in list_presets()] == ["auto", "bf16", "mxfp4", "mxfp4_a16", "nvfp4", "nvfp4_a16", "nvfp4_train"]
+    names = ["auto", "bf16", "mxfp4", "mxfp4_a16", "nvfp4", "nvfp4_a16", "nvfp4_accurate", "nvfp4_train"]
+    assert [name for name, _ in list_presets()] == names
     assert all(description for _, description in list_presets())
 
 
@@ -48,6 +50,14 @@ def test_without_a_training_section_the_backward_stays_high_and_says_so(name):
     for decision in decide(name, site("up", Role.DGRAD), site("up", Role.WGRAD), training=True):
         assert decision.configs == {}
         assert decision.reason.startswith("backward in high precision (straight-through): [training] leaves out")
+
+
+def test_nvfp4_accurate_leaves_keys_and_values_alone():
+    for name in ("model.layers.0.self_attn.k_proj", "model.layers.0.self_attn.v_proj"):
+        (decision,) = decide("nvfp4_accurate", site(name, layers=20))
+        assert decision.configs == {} and decision.reason == "key or value projection, the most sensitive for its size"
+    (query,) = decide("nvfp4_accurate", site("model.layers.0.self_attn.q_proj", layers=20))
+    assert query.configs == FORWARD["nvfp4_accurate"]
 
 
 def test_nvfp4_train_is_the_recipe():
