@@ -19,6 +19,7 @@ FP32_MAX: Final = torch.finfo(torch.float32).max
 EDEN_GROUP: Final = 128
 EDEN_WIDEN: Final = 17 / 16 * 0.93
 EDEN_E4M3_BOUND: Final = 255.99
+RUN: Final = 128  # values of a row that share a global scale where it is neither one a tensor nor one a row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,10 +94,11 @@ class ScaleRule(StrEnum):
 
 
 class GlobalScale(StrEnum):
-    """What shares one fp32 scale: each matrix, each row of it, or a calibrated constant."""
+    """What shares one fp32 scale: each matrix, each row of it, each 128 values of a row, or a calibrated constant."""
 
     TENSOR = "tensor"
     ROW = "row"
+    RUN = "1x128"  # arXiv 2510.27527: see `reference/runs.py`
     STATIC = "static"
 
 
@@ -210,6 +212,8 @@ class QuantConfig:
                 "Use scale_rule = 'amax', or format = 'nvfp4'.",
             ),
             (mxfp4 and self.global_scale is not GlobalScale.TENSOR, scale, "MXFP4 has no global scale.", "Leave global_scale out."),
+            (self.by_runs and self.format != "nvfp4", scale, "Runs have scales in NVFP4 alone.", "Use global_scale = 'tensor'."),
+            (self.by_runs and self.needs_moments, f"{scale} with a calibrated weight", "Its scale is its rows'.", "Use global_scale = 'row'."),
         )
 
     def _calibration_conflicts(self) -> tuple[tuple[bool, str, str, str], ...]:
@@ -304,8 +308,8 @@ class QuantConfig:
                 "Use block = '1x16', or hadamard = 0.",
             ),
             (
-                self.is_tile and self.global_scale is GlobalScale.ROW,
-                "block = 16x16 with global_scale = row",
+                self.is_tile and self.global_scale in (GlobalScale.ROW, GlobalScale.RUN),
+                f"block = 16x16 with global_scale = {self.global_scale}",
                 "A 16x16 block spans rows.",
                 "Use global_scale = 'tensor'.",
             ),
@@ -350,6 +354,10 @@ class QuantConfig:
         return self.block == Block.TILE16
 
     @property
+    def by_runs(self) -> bool:
+        return self.global_scale is GlobalScale.RUN
+
+    @property
     def draws(self) -> bool:
         """Whether it takes random numbers, and so a seed."""
         return self.rounding in (Rounding.STOCHASTIC, Rounding.EDEN)
@@ -357,7 +365,7 @@ class QuantConfig:
     @property
     def k_multiple(self) -> int:
         """The contraction length is zero-padded to a multiple of this, inside the operator."""
-        return max(self.fmt.block, self.hadamard, EDEN_GROUP if self.rounding is Rounding.EDEN else 0)
+        return max(self.fmt.block, self.hadamard, EDEN_GROUP if self.rounding is Rounding.EDEN else 0, RUN if self.by_runs else 0)
 
     @property
     def encode_bound(self) -> float:

@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.library import Library, register_fake
 
 from fp4compile.codegen.cpu import launch as cpu
-from fp4compile.codegen.formats import FORMATS, GlobalScale, QuantConfig, Signs, Source, round_up
+from fp4compile.codegen.formats import FORMATS, RUN, GlobalScale, QuantConfig, Signs, Source, round_up
 from fp4compile.codegen.reference.block import dequantize_ref, quantize_ref
 from fp4compile.codegen.reference.layout import laid_out_shapes, lay_out_ref, plain_ref, rows_of
+from fp4compile.codegen.reference.runs import rows_as_runs, runs_as_rows
 from fp4compile.codegen.statistics import quantize_calibrated
 
 _LIB = Library("fp4", "DEF")
@@ -91,12 +92,12 @@ def _quantize_fake(
     rows, k = (x.shape[-2], x.shape[-1]) if axis == -1 else (x.shape[-1], x.shape[-2])
     batch = x.shape[:-2]
     padded = round_up(k, config_of(format, block, scale_rule, global_scale, rounding, hadamard, static_amax).k_multiple)
-    per_row = (rows,) if global_scale == GlobalScale.ROW else ()
+    numbers = {GlobalScale.ROW: (rows,), GlobalScale.RUN: (rows, padded // RUN)}.get(global_scale, ())
     codes, scales = laid_out_shapes(rows, padded // 2, padded // fmt.block, layout)
     return (
         x.new_empty((*batch, *codes), dtype=torch.uint8),
         x.new_empty((*batch, *scales), dtype=fmt.scale_dtype),
-        x.new_empty((*batch, *per_row), dtype=torch.float32),
+        x.new_empty((*batch, *numbers), dtype=torch.float32),
     )
 
 
@@ -146,13 +147,20 @@ SHAPE_RULES: Final = {
 
 
 def _or_offline(by_kernel):
-    """`fp4::quantize` of one device: what no kernel computes, a search that runs once a weight, is plain PyTorch on every device."""
+    """`fp4::quantize` of one device: what no kernel computes, a search that runs once a weight, is plain PyTorch on every device.
+
+    Runs of rows with scales of their own are rows to every kernel.
+    """
 
     def call(
         x, axis, format, block, scale_rule, global_scale, rounding, hadamard, static_amax=None, seed=None, *, layout="plain", calibration=""
     ):
         fields = (format, block, scale_rule, global_scale, rounding, hadamard, static_amax)
         config = config_of(*fields)
+        if config.by_runs:
+            rows = (format, block, scale_rule, str(GlobalScale.ROW), rounding, hadamard, static_amax)
+            codes, scales, decode = rows_as_runs(*call(runs_as_rows(x, axis), -1, *rows, seed), x, axis)
+            return *lay_out_ref(codes, scales, layout), decode
         if not config.is_offline:
             return by_kernel(x, axis, *fields, seed, layout=layout)
         if config.needs_moments:
@@ -175,7 +183,7 @@ def _quantize_both(one_reading):
 
     def call(x, *args, row_layout="plain", column_layout="plain"):
         row, column, row_seed, column_seed = _halves(args)
-        if one_reading is not None and not (config_of(*row).is_offline or config_of(*column).is_offline):
+        if one_reading is not None and not any(config.is_offline or config.by_runs for config in (config_of(*row), config_of(*column))):
             return one_reading(x, row, column, row_seed, column_seed, row_layout, column_layout)
         along = QUANTIZE(x, -1, *row, row_seed, layout=row_layout)
         return (*along, *QUANTIZE(x, -2, *column, column_seed, layout=column_layout))

@@ -32,7 +32,7 @@ class QTensor:
     codes: uint8 (..., R, Kp/2), the even index in the low nibble; Kp is K padded with zeros to whole blocks.
     scales: float8_e4m3fn (..., R, Kp/16), or float8_e8m0fnu (..., R, Kp/32) for MXFP4; plain row-major. Formats with two kinds of blocks
     have uint8 (mixfp4, nvint4) or int8 (if4): an e4m3 magnitude, and in the sign bit whether the block holds integers.
-    global_scale: float32, multiplies after decoding; one a matrix, or one a row.
+    global_scale: float32, multiplies after decoding; one a matrix, one a row, or (..., R, Kp/128).
     """
 
     codes: Tensor
@@ -79,7 +79,7 @@ def quantize(
     block: "1x16" or "16x16" for nvfp4, "1x32" for mxfp4 (default: the format's first).
     scale_rule: "amax", or "four_over_six" with "_mae" or "_absmax" (arXiv 2512.02010); searches for weights: "sweep", "soar",
     "soar_decoupled".
-    global_scale: "tensor", "row", or "static" with `static_amax`.
+    global_scale: "tensor", "row", "1x128" (one each 128 values of a row), or "static" with `static_amax`.
     rounding: "nearest", or "stochastic" or "eden" (arXiv 2601.22813) with `seed`. hadamard: 0, or rotate groups of 16, 32, 64, 128 first.
 
     Raises `UnknownName`, `IllegalCombination`, `UnsupportedDtype`, `ShapeTooSmall` or `SeedMissing`.

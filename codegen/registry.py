@@ -22,14 +22,18 @@ def _any_operands(spec: KernelSpec) -> bool:
     return True
 
 
+def _runs(spec: KernelSpec) -> bool:
+    return any(config is not None and config.by_runs for config in (spec.lhs, spec.rhs))
+
+
 def _nvfp4_weight_only(spec: KernelSpec) -> bool:
-    return spec.lhs is None and spec.rhs is not None and spec.rhs.format == "nvfp4" and spec.dtype in (torch.bfloat16, torch.float16)
+    return not _runs(spec) and spec.lhs is None and spec.rhs is not None and spec.rhs.format == "nvfp4" and spec.dtype in (torch.bfloat16, torch.float16)
 
 
 def _nvfp4_weight(spec: KernelSpec) -> bool:
     halves = (torch.bfloat16, torch.float16) if spec.lhs is None else (torch.bfloat16, torch.float16, torch.float32)
     left = spec.lhs is None or spec.lhs.format in ("nvfp4", "mxfp4")
-    return left and spec.rhs is not None and spec.rhs.format == "nvfp4" and spec.dtype in halves
+    return not _runs(spec) and left and spec.rhs is not None and spec.rhs.format == "nvfp4" and spec.dtype in halves
 
 
 def _same_hardware_format(spec: KernelSpec) -> bool:
@@ -90,8 +94,23 @@ def kernel_for(spec: KernelSpec, target: Target) -> str | Unsupported:
             reason=f"no tensor core multiplies {foreign[0]} blocks, those of {target.name} included; "
             'use precision = "w4a16", which decodes them, or format = "nvfp4"'
         )
+    if _runs(spec) and (reason := _why_not_by_runs(spec, target)):
+        return Unsupported(reason=f"{reason}; use global_scale = \"row\"")
     family = _family_for(spec, target)
     return family.name if family else Unsupported(reason=f"no kernel for {spec.op} on {target.name}")
+
+
+def _why_not_by_runs(spec: KernelSpec, target: Target) -> str:
+    """Empty where a product with a global scale each 1x128 is computed."""
+    if spec.op != "scaled_mm":
+        return "a global scale each 1x128 is multiplied in plain and batched products, not in grouped ones"
+    if spec.lhs is None or spec.rhs is None:
+        return "a global scale each 1x128 needs both operands in 4 bits"
+    if {spec.lhs.format, spec.rhs.format} != {"nvfp4"}:
+        return "a global scale each 1x128 needs both operands in nvfp4"
+    if target.has_fp4_mma:
+        return f"no tensor core scales a sum each 1x128, those of {target.name} included"
+    return ""
 
 
 def layouts_for(spec: KernelSpec, target: Target) -> tuple[Layout, Layout]:

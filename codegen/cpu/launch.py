@@ -25,6 +25,7 @@ from fp4compile.codegen.formats import QuantConfig, Rounding, round_up
 from fp4compile.codegen.reference.block import quantize_ref
 from fp4compile.codegen.reference.hadamard import hadamard_ref
 from fp4compile.codegen.reference.matmul import scaled_mm_ref
+from fp4compile.codegen.reference.runs import is_by_runs, multiply_by_runs
 
 _LOG: Final = logging.getLogger("fp4compile.codegen.cpu")
 
@@ -112,6 +113,9 @@ def scaled_mm(
     kernels = kernels or _native()
     if isinstance(kernels, str):
         return scaled_mm_ref(a, a_scales, a_global, b, b_scales, b_global, bias, k, out_dtype)
+    if is_by_runs(a, a_global) or is_by_runs(b, b_global):
+        each = functools.partial(scaled_mm, kernels=kernels)
+        return multiply_by_runs(each, a, a_scales, a_global, b, b_scales, b_global, bias, k, out_dtype)
     known = all(scales is None or scales.dtype in _KIND for scales in (a_scales, b_scales))
     if not known or b_scales is None or b.ndim != 2 or a.ndim < 2 or not (bias is None or (bias.ndim == 1 and bias.dtype in _DENSE)):
         return _through_blas(kernels, a, a_scales, a_global, b, b_scales, b_global, bias, k, out_dtype)

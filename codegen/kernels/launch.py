@@ -17,8 +17,10 @@ from fp4compile.codegen.kernels.launch_native import serves
 from fp4compile.codegen.kernels.launch_native_grouped import scaled_grouped_mm as native_scaled_grouped_mm
 from fp4compile.codegen.kernels.launch_quantize import hadamard, on_device_of, quantize
 from fp4compile.codegen.kernels.launch_quantize_both import quantize_both
+from fp4compile.codegen.kernels.launch_runs import multiply_runs
 from fp4compile.codegen.kernels.launch_weight import multiply_expert_weights, multiply_weight, serves_weight
 from fp4compile.codegen.reference.layout import plain_ref
+from fp4compile.codegen.reference.runs import is_by_runs
 from fp4compile.codegen.target import known_target, processors_of
 
 __all__ = ["dequantize", "hadamard", "quantize", "quantize_both", "scaled_grouped_mm", "scaled_mm"]
@@ -41,13 +43,14 @@ def scaled_mm(
     """`fp4::scaled_mm`: see `reference.matmul.scaled_mm_ref`; the batch dimensions are those of `a`."""
     where = "fp4::scaled_mm"
     target = known_target(a.device, where=where)
-    if serves(a_scales, b_scales, (a_layout, b_layout), int(k), target.capability):
+    by_runs = is_by_runs(a, a_global) or is_by_runs(b, b_global)
+    if not by_runs and serves(a_scales, b_scales, (a_layout, b_layout), int(k), target.capability):
         with on_device_of(a):
             return native_scaled_mm(
                 a, a_scales, a_global, b, b_scales, b_global, bias, int(k), out_dtype,
                 a_layout=a_layout, b_layout=b_layout, capability=target.capability, processors=processors_of(a.device),
             )  # fmt: skip
-    if serves_weight(a, a_scales, b, b_scales, (a_layout, b_layout), int(k), target.capability):
+    if not by_runs and serves_weight(a, a_scales, b, b_scales, (a_layout, b_layout), int(k), target.capability):
         with on_device(a):
             return multiply_weight(a, a_scales, a_global, b, b_scales, b_global, bias, int(k), out_dtype)  # type: ignore[arg-type]
     if a_scales is not None:
@@ -56,6 +59,10 @@ def scaled_mm(
         b, b_scales = plain_ref(b, b_scales, b_layout)
     out = a.new_empty((*a.shape[:-1], b.shape[-2]), dtype=out_dtype)
     if not out.numel():
+        return out
+    if by_runs:
+        with on_device_of(a):
+            multiply_runs(a, a_scales, a_global, b, b_scales, b_global, bias, out, int(k), target.capability)
         return out
     batch = a.shape[:-2]
     if bias is not None:

@@ -12,7 +12,7 @@ from fp4compile.codegen.formats import round_up
 from fp4compile.codegen.kernels.dequantize import dequantize_kernel, tile_weight_kernel
 from fp4compile.codegen.kernels.dequantize_words import dequantize_plain_kernel, dequantize_tiled_kernel
 from fp4compile.codegen.reference.block import dequantize_ref
-from fp4compile.codegen.reference.block_scales import by_matrix
+from fp4compile.codegen.reference.block_scales import each_element
 
 EXACT_IN_BFLOAT16: Final = (torch.float8_e4m3fn, torch.float8_e8m0fnu)  # dtypes of the block scales of formats that `dequantize` takes
 _HERE: Final = nullcontext()
@@ -50,7 +50,7 @@ def decoded(codes: Tensor, scales: Tensor, global_scale: Tensor, k: int, dtype: 
         return dequantize_ref(codes, scales, global_scale)[..., :k].to(dtype).contiguous()
     with on_device(codes):
         values = dequantize(codes, scales, k, torch.bfloat16)[..., :k]
-    return (values.float() * by_matrix(global_scale, values.ndim)).to(dtype).contiguous()
+    return (values.float() * each_element(global_scale, values)).to(dtype).contiguous()
 
 
 def _has_whole_words(codes: Tensor, scales: Tensor, k: int) -> bool:

@@ -8,17 +8,20 @@ in bf16; A is taken over the finite values. MXFP4 is OCP Microscaling 1.0 with a
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fp4compile.codegen.formats import QuantConfig, Rounding, ScaleRule, round_up
+from fp4compile.codegen.formats import GlobalScale, QuantConfig, Rounding, ScaleRule, round_up
 from fp4compile.codegen.reference.block_kinds import decode_blocks_ref
 from fp4compile.codegen.reference.block_scales import (
     ONE_SIXTH,
     Encoder,
     block_error,
     by_matrix,
+    each_element,
     encode_blocks,
     encode_scale_of,
     nearest_e4m3,
@@ -29,6 +32,7 @@ from fp4compile.codegen.reference.e2m1 import encode_nearest_ref, encode_stochas
 from fp4compile.codegen.reference.eden import EDEN_SIXTH, eden_scales_ref
 from fp4compile.codegen.reference.hadamard import hadamard_ref
 from fp4compile.codegen.reference.philox import philox_bytes_ref
+from fp4compile.codegen.reference.runs import rows_as_runs, runs_as_rows
 from fp4compile.codegen.reference.scale_search import quantize_by_search_ref
 from fp4compile.codegen.reference.soar import quantize_soar_ref
 
@@ -37,9 +41,12 @@ def quantize_ref(x: Tensor, config: QuantConfig, *, axis: int = -1, seed: Tensor
     """Quantize `x` (..., R, C) in blocks along `axis`, -1 or -2, which becomes the last dimension K of the result.
 
     Returns codes (..., R', Kp/2) uint8, scales (..., R', Kp/block) and the decode multiplier (...) float32, or (..., R') where
-    `config.global_scale` is `row`; R' is the other dimension and Kp is K padded with zeros. Each leading index is a matrix of its
-    own. `seed`, an int64 scalar tensor, is needed where `config.draws`.
+    `config.global_scale` is `row`, or (..., R', Kp/128) where it is `1x128`; R' is the other dimension and Kp is K padded with zeros. Each
+    leading index is a matrix of its own. `seed`, an int64 scalar tensor, is needed where `config.draws`.
     """
+    if config.by_runs:
+        of_rows = quantize_ref(runs_as_rows(x, axis), replace(config, global_scale=GlobalScale.ROW), seed=seed)
+        return rows_as_runs(*of_rows, x, axis)
     x = x if axis == -1 else x.mT
     x = F.pad(x, (0, round_up(x.shape[-1], config.k_multiple) - x.shape[-1]))
     if config.hadamard:
@@ -65,7 +72,7 @@ def dequantize_ref(codes: Tensor, scales: Tensor, global_scale: Tensor | None = 
     Without `global_scale` they are exact, in bf16 too (NVFP4 has 6 significant bits, integers of MixFP4 have 7), but for IF4's 9 bits.
     """
     values = decode_blocks_ref(unpack_ref(codes), scales)
-    return values if global_scale is None else values * by_matrix(global_scale, values.ndim)
+    return values if global_scale is None else values * each_element(global_scale, values)
 
 
 def _encoder(config: QuantConfig, x: Tensor, seed: Tensor | None) -> Encoder:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fp4compile.codegen.formats import E4M3_MAX, FP32_MAX, GlobalScale, QuantConfig, ScaleRule, round_up
+from fp4compile.codegen.formats import E4M3_MAX, FP32_MAX, RUN, GlobalScale, QuantConfig, ScaleRule, round_up
 from fp4compile.codegen.reference.e2m1 import decode_ref
 
 Encoder = Callable[[Tensor], Tensor]
@@ -42,6 +42,13 @@ def _amax_or_zero(x: Tensor, dims: tuple[int, ...]) -> Tensor:
 def by_matrix(per_matrix: Tensor, ndim: int) -> Tensor:
     """A global scale (...) or (..., R) with dimensions of one element behind, up to `ndim`."""
     return per_matrix.reshape(*per_matrix.shape, *(1,) * (ndim - per_matrix.ndim))
+
+
+def each_element(global_scale: Tensor, values: Tensor) -> Tensor:
+    """What broadcasts over `values` (..., R, K): a global scale (...), (..., R) or, by runs of 128 columns, (..., R, runs)."""
+    if global_scale.ndim == values.ndim:
+        return global_scale.repeat_interleave(RUN, -1)[..., : values.shape[-1]]
+    return by_matrix(global_scale, values.ndim)
 
 
 def nearest_e4m3(target: Tensor) -> Tensor:

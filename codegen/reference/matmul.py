@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fp4compile.codegen.reference.block import dequantize_ref
+from fp4compile.codegen.reference.runs import is_by_runs, multiply_by_runs
 
 
 def scaled_mm_ref(
@@ -22,8 +23,10 @@ def scaled_mm_ref(
     """(..., M, N) = A (..., M, K) times B (..., N, K) transposed, plus `bias` broadcast.
 
     An operand is packed codes with its scales, or a high-precision tensor with `scales` None. The order is
-    fl(fl(acc * fl(a_global * b_global)) + bias), then one cast to `out_dtype`.
+    fl(fl(acc * fl(a_global * b_global)) + bias), then one cast to `out_dtype`. Global scales by runs of K: see `multiply_by_runs`.
     """
+    if is_by_runs(a, a_global) or is_by_runs(b, b_global):
+        return multiply_by_runs(scaled_mm_ref, a, a_scales, a_global, b, b_scales, b_global, bias, k, out_dtype)
     left, right = _operand(a, a_scales, k), _operand(b, b_scales, k)
     out = left @ right.mT
     if a_global is not None and b_global is not None:

@@ -84,12 +84,12 @@ def refuse_illegal_arc(arc: Arc | None, configs: Mapping[OperandKind, QuantConfi
             needed="A residual of the activation needs a weight whose columns are repeated, in a forward.",
             advice="Give the table to rules about layers, or arc = false to this one.",
         )
-    for holds, found, needed, advice in _conflicts(arc.rule, activation, calibration):
+    for holds, found, needed, advice in _conflicts(arc.rule, activation, weight, calibration):
         if holds:
             raise IllegalCombination(where=where, found=f"arc {found}", needed=needed, advice=advice)
 
 
-def _conflicts(rule: OutlierRule, activation: QuantConfig, calibration: str) -> tuple[tuple[bool, str, str, str], ...]:
+def _conflicts(rule: OutlierRule, activation: QuantConfig, weight: QuantConfig, calibration: str) -> tuple[tuple[bool, str, str, str], ...]:
     return (
         (
             not calibration,
@@ -108,6 +108,12 @@ def _conflicts(rule: OutlierRule, activation: QuantConfig, calibration: str) -> 
             f"with block = {activation.block}",
             "Residual blocks lie between blocks of one row.",
             "Use block = '1x16' for the activation.",
+        ),
+        (
+            activation.by_runs or weight.by_runs,
+            "with global_scale = 1x128",
+            "Residuals make rows longer, and share their scale with the row.",
+            "Use global_scale = 'row', or arc = false.",
         ),
         (
             bool(rule.multiple % activation.fmt.block),
