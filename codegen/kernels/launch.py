@@ -62,7 +62,7 @@ def scaled_mm(
         return out
     if by_runs:
         with on_device_of(a):
-            multiply_runs(a, a_scales, a_global, b, b_scales, b_global, bias, out, int(k), target.capability)
+            multiply_runs(a, a_scales, a_global, b, b_scales, b_global, bias, out, int(k))
         return out
     batch = a.shape[:-2]
     if bias is not None:

@@ -13,8 +13,10 @@ from fp4compile.codegen.kernels.launch_matmul import Operand
 from fp4compile.codegen.kernels.runs_mm import runs_mm_kernel
 from fp4compile.codegen.reference.runs import is_by_runs
 
-_MUCH_SHARED_MEMORY: Final = (0, 80, 90, 100, 103)  # two stages of the large tile are 128 KiB; the small one takes 64
 _FEW_ROWS: Final = 64
+# Rows, columns and warps of a tile. Two sums in registers: 128x128 spills. Two stages take 64 and 96 KiB, which every GPU from sm_80 on has.
+_SMALL: Final = (64, 64, 4)
+_LARGE: Final = (128, 64, 8)
 
 
 class RunsOfOtherOperands(Fp4CompileError, ValueError):
@@ -34,7 +36,6 @@ def multiply_runs(
     bias: Tensor | None,
     out: Tensor,
     k: int,
-    capability: int,
 ) -> None:
     """`out` (..., M, N) contiguous = A times B transposed, as `multiply_by_runs` defines it. Raises `RunsOfOtherOperands`."""
     for x, scales, global_scale in ((a, a_scales, a_global), (b, b_scales, b_global)):
@@ -44,14 +45,13 @@ def multiply_runs(
     left, right = _halves(a, a_scales, batch, k), _halves(b, b_scales, batch, k)
     a_global, b_global = _each_run(a, a_global, batch, k), _each_run(b, b_global, batch, k)
     m, n = out.shape[-2:]
-    large = m > _FEW_ROWS and capability in _MUCH_SHARED_MEMORY
-    block, warps = (128, 8) if large else (64, 4)
+    block_m, block_n, warps = _SMALL if m <= _FEW_ROWS else _LARGE
     if bias is not None:
         bias = bias.expand(out.shape).reshape(-1, m, n)
-    runs_mm_kernel[(batch.numel() * -(-m // block) * -(-n // block),)](
+    runs_mm_kernel[(batch.numel() * -(-m // block_m) * -(-n // block_n),)](
         left, a_global, right, b_global, bias, out, m, n, k,
         *left.stride()[:2], *a_global.stride(), *right.stride()[:2], *b_global.stride(), *((0, 0, 0) if bias is None else bias.stride()),
-        BLOCK_M=block, BLOCK_N=block, RUN=RUN, MASKED=k % RUN != 0, num_warps=warps, num_stages=2, enable_fp_fusion=False,
+        BLOCK_M=block_m, BLOCK_N=block_n, RUN=RUN, MASKED=k % RUN != 0, num_warps=warps, num_stages=2, enable_fp_fusion=False,
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ EDEN = {"rounding": "eden"}
 EDEN_OF_FORWARD = {"rounding": "eden", "scale_rule": "amax", "source": "forward"}
 WIDE = {"rounding": "stochastic", "scale_rule": "amax_17_16"}
 WIDE_OF_FORWARD = {**WIDE, "source": "forward"}
+OUTER = {"global_scale": "1x128"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +61,9 @@ RECIPES = {
         },
     ),
     "tetrajet2": Recipe(
-        description="as TetraJet-v2's backward: rotated and stochastic on all operands (arXiv 2510.27527)",
+        description="as TetraJet-v2: outer 1x128 scales, a backward rotated and stochastic on all operands (arXiv 2510.27527)",
         policy={
-            "default": {"weight": {"block": "1x16"}},
+            "default": {"activation": OUTER, "weight": {"block": "1x16", **OUTER}, "gradient": OUTER},
             "training": {
                 "dgrad": {**RANDOM_16, "gradient": WIDE, "weight": WIDE_OF_FORWARD},
                 "wgrad": {**RANDOM_16, "gradient": WIDE, "activation": WIDE_OF_FORWARD},

@@ -158,6 +158,7 @@ def configs_of(setting: Setting, role: Role, where: str, calibration: str = "") 
         refuse_illegal_arc(setting.table(OperandKind.ACTIVATION).arc, configs, role, here, calibration)
     _refuse_unequal_rotation(configs, role, here)
     _refuse_searches_at_run_time(configs, here)
+    _refuse_lonely_runs(configs, setting.precision, here)
     formats = sorted({config.format for config in configs.values()})
     if len({config.fmt.block for config in configs.values()}) > 1:
         raise IllegalCombination(
@@ -221,6 +222,19 @@ def _refuse_searches_at_run_time(configs: dict[OperandKind, QuantConfig], where:
             advice=f'Give it to the weight alone, as in weight = {{ format = "{config.format}" }}, or use precision = "w4a16".'
             if is_format
             else 'Give it to the weight alone, and use scale_rule = "four_over_six" here.',
+        )
+
+
+def _refuse_lonely_runs(configs: dict[OperandKind, QuantConfig], precision: Precision | None, where: str) -> None:
+    """A global scale each 1x128 is multiplied in between sums, which only products of two operands in NVFP4 do."""
+    kind = next((kind for kind, config in configs.items() if config.by_runs), None)
+    other = next((config.format for config in configs.values() if config.format != NVFP4.name), "")
+    if kind is not None and (precision is Precision.W4A16 or other):
+        raise IllegalCombination(
+            where=where,
+            found=f"global_scale = 1x128 on the {kind} with {f'format = {other}' if other else 'precision = w4a16'}",
+            needed="It is multiplied in between sums, where both operands are in nvfp4.",
+            advice="Use global_scale = 'row' or 'tensor' here.",
         )
 
 

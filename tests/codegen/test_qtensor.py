@@ -31,7 +31,7 @@ def test_a_value_by_hand():
 @pytest.mark.parametrize("shape", [(3, 40), (2, 3, 40), (1, 16)], ids=str)
 @pytest.mark.parametrize("axis", [-1, -2])
 @pytest.mark.parametrize("kwargs", [
-    {}, {"global_scale": "row"}, {"block": "16x16"}, {"scale_rule": "four_over_six"}, {"format": "mxfp4"},
+    {}, {"global_scale": "row"}, {"global_scale": "1x128"}, {"block": "16x16"}, {"scale_rule": "four_over_six"}, {"format": "mxfp4"},
     {"global_scale": "static", "static_amax": 4.0}, {"rounding": "stochastic", "seed": 3},
 ], ids=str)  # fmt: skip
 def test_dequantize_has_the_sources_shape_and_dtype_and_is_near(dtype, shape, axis, kwargs):
@@ -99,6 +99,8 @@ def test_non_contiguous_input():
     ({"hadamard": 8}, IllegalCombination, "Use 16"),
     ({"block": "16x16", "hadamard": 16}, IllegalCombination, "rotation"),
     ({"block": "16x16", "global_scale": "row"}, IllegalCombination, "spans rows"),
+    ({"block": "16x16", "global_scale": "1x128"}, IllegalCombination, "spans rows"),
+    ({"format": "mixfp4", "global_scale": "1x128"}, IllegalCombination, "NVFP4 alone"),
     ({"scale_rule": "four_over_six", "rounding": "stochastic", "seed": 1}, IllegalCombination, "biased"),
     ({"global_scale": "static"}, IllegalCombination, "come together"),
     ({"static_amax": 1.0}, IllegalCombination, "come together"),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import fp4compile
 from fp4compile.codegen.formats import QuantConfig
+from fp4compile.codegen.reference.block import dequantize_ref, quantize_ref
 from fp4compile.policy.describe import settings_of
 from fp4compile.policy.load import load_policy
 from tests.fp4compile.eager_recipe import Recipe, with_recipe
@@ -60,6 +61,37 @@ def test_training_in_mxfp4_equals_the_eager_recipe() -> None:
     for name, value in gradients(reference, reference, x).items():
         assert relative(got[name], value) < 2e-3, name
     assert all(row.precision == "mxfp4 W4A4" for row in fp4compile.last_report().sites)
+
+
+def test_training_with_a_global_scale_each_128_values_equals_the_eager_recipe() -> None:
+    outer = {"global_scale": "1x128"}
+    runs, rotated = QuantConfig(**outer), QuantConfig(**outer, hadamard=16)
+    model = nn.Sequential(nn.Linear(300, 72), nn.GELU(), nn.Linear(72, 24, bias=False))
+    x = torch.randn(3, 50, 300) * torch.logspace(-2, 2, 300)
+    policy = {**EVERY_LAYER, "default": {"precision": "w4a4", "activation": outer, "weight": outer, "gradient": outer}}
+    policy["training"] = {"fprop": "w4a4", "dgrad": "w4a4", "wgrad": {"hadamard": 16}}
+    got = gradients(model, torch.compile(model, backend="fp4", options={"policy": policy, "strict": True, "verify": True}), x)
+    recipe = Recipe(fprop_x=runs, fprop_w=runs, dgrad_dy=runs, dgrad_w=runs, wgrad_x=rotated, wgrad_dy=rotated)
+    by_tensor = Recipe(dgrad_dy=PLAIN, dgrad_w=PLAIN, wgrad_x=QuantConfig(hadamard=16), wgrad_dy=QuantConfig(hadamard=16))
+    reference, other = (with_recipe(copy.deepcopy(model), r) for r in (recipe, by_tensor))
+    not_want = gradients(other, other, x)
+    for name, value in gradients(reference, reference, x).items():
+        assert relative(got[name], value) < 2e-3, name
+        assert "bias" in name or relative(got[name], not_want[name]) > 2e-3, name
+    assert "1x128" in fp4compile.last_report().to_table()
+
+
+def test_weights_with_a_global_scale_each_128_values_are_stored_once_and_come_back() -> None:
+    model, x = nn.Sequential(nn.Linear(300, 48)), torch.randn(4, 300)
+    weight, bias, config = model[0].weight.detach().clone(), model[0].bias.detach(), QuantConfig(global_scale="1x128")
+    policy = {**EVERY_LAYER, "default": {"precision": "w4a4", "activation": {"global_scale": "1x128"}, "weight": {"global_scale": "1x128"}}}
+    with torch.no_grad():
+        run = torch.compile(model, backend="fp4", options={"policy": policy, "strict": True, "free_weights": True})
+        values, of_weight = (dequantize_ref(*quantize_ref(t, config))[:, :300] for t in (x, weight))
+        for _ in range(2):
+            assert relative(run(x), values @ of_weight.T + bias) < 1e-5
+        assert fp4compile.restore(model) == 1
+        assert torch.equal(model[0].weight, of_weight)
 
 
 RANDOM_128, RANDOM_16 = {"hadamard": 128, "signs": "random"}, {"hadamard": 16, "signs": "random"}

@@ -26,13 +26,14 @@ class Side:
 def exact_side(kind: str, shape: tuple[int, ...], generator: torch.Generator, *, global_scale: str = "none") -> Side:
     """`shape` is (..., R, K). Values are multiples of 1/4 up to 12, so K = 4096 products stay below 2^24 sixteenths.
 
-    `global_scale`: "none", "tensor" or "row"; these are arbitrary float32, for the epilogue rounds in a fixed order.
+    `global_scale`: "none", "tensor", "row" or "1x128"; these are arbitrary float32, for the epilogue rounds in a fixed order.
     """
     *batch, rows, k = shape
     device = generator.device
     made = None
     if global_scale != "none":
-        made = torch.rand((*batch, *((rows,) if global_scale == "row" else ())), generator=generator, device=device) + 0.01
+        numbers = {"row": (rows,), "1x128": (rows, -(-k // 128))}.get(global_scale, ())
+        made = torch.rand((*batch, *numbers), generator=generator, device=device) + 0.01
     if kind in HIGH_PRECISION:
         data = torch.randint(-48, 49, shape, generator=generator, device=device) / 4
         return Side(data=data.to(HIGH_PRECISION[kind]), scales=None, global_scale=made)

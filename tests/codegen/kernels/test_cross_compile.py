@@ -37,6 +37,12 @@ def product(m: int, left: str, right: str, groups: int = 0) -> Callable[[], obje
     return lambda: launch.scaled_grouped_mm(*a, *experts, torch.zeros(groups, dtype=torch.int32), k, torch.bfloat16)
 
 
+def by_runs(m: int) -> Callable[[], object]:
+    k, n = 1024, 2048
+    a, b = ((*operand("nvfp4", rows, k)[:2], torch.ones(rows, k // 128)) for rows in (m, n))
+    return lambda: launch.scaled_mm(*a, *b, torch.zeros(n), k, torch.bfloat16)
+
+
 def operand(kind: str, rows: int, k: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
     if kind in ("bfloat16", "float16", "float32"):
         return torch.zeros(rows, k, dtype=getattr(torch, kind)), None, None
@@ -70,6 +76,8 @@ PRODUCTS = {
     "bf16-mix-m1": product(1, "bfloat16", "mixfp4"),
     "bf16-mix-m4096": product(4096, "bfloat16", "mixfp4"),
     "bf16-if4-m64": product(64, "bfloat16", "if4"),
+    "runs-m64": by_runs(64),
+    "runs-m4096": by_runs(4096),
     "grouped-w4a4": product(2048, "nvfp4", "nvfp4", groups=8),
     "grouped-bf16": product(512, "bfloat16", "nvfp4", groups=8),
     "grouped-a4-bf16": product(2048, "nvfp4", "bfloat16", groups=8),
@@ -77,7 +85,7 @@ PRODUCTS = {
 # The oldest supported GPU, the emulation's main target, and the two that fall back to it: fewer kernels there, for time.
 CAPABILITIES = {
     90: (*QUANTIZERS, *PRODUCTS),
-    80: ("tile", "wgrad", "h128", "w4a4-m4096", "bf16-m1", "fp32-m64", "a4-bf16-m4096", "bf16-mix-m4096", "grouped-w4a4"),
+    80: ("tile", "wgrad", "h128", "w4a4-m4096", "bf16-m1", "fp32-m64", "a4-bf16-m4096", "bf16-mix-m4096", "runs-m4096", "grouped-w4a4"),
 }
 CAPABILITIES |= {100: ("tile", "wgrad", "w4a4-m4096", "grouped-bf16"), 120: ("tile", "wgrad", "w4a4-m4096", "mx-m4096", "grouped-bf16")}
 CASES = [(capability, name) for capability, names in CAPABILITIES.items() for name in names]

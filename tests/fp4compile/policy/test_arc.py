@@ -67,6 +67,7 @@ def test_a_wrong_table_is_named(arc: object, error: type[Fp4CompileError], said:
         ({"calibration": "", "default": {"activation": {"arc": ARC}}}, "arc without a calibration. Which channels are outliers"),
         ({"default": {"hadamard": 16, "activation": {"arc": ARC}}}, "arc with hadamard = 16. A rotation spreads outliers"),
         ({"default": {"activation": {"block": "16x16", "arc": ARC}}}, "arc with block = 16x16. Residual blocks lie between"),
+        ({"default": {"activation": {"arc": ARC}, "weight": {"global_scale": "1x128"}}}, "arc with global_scale = 1x128. Residuals"),
         ({"extends": "mxfp4", "default": {"activation": {"arc": {**ARC, "multiple": 16}}}}, "arc with multiple = 16 and format = mxfp4"),
         ({"training": {"fprop": {"activation": {"arc": ARC}}}}, "[training] fprop: arc in a graph with a backward"),
         ({"rule": [{"match": "**", "graph": "training", "activation": {"arc": ARC}}]}, "rule 1: arc in a graph with a backward"),

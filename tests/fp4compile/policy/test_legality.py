@@ -47,6 +47,14 @@ ILLEGAL = {
         {"extends": "nvfp4", "rule": [{"role": "matmul", "precision": "w4a4", "activation": {"rounding": "stochastic"}}]},
         "inline policy, rule 1 (matmul): rounding = stochastic on the activation of the forward.",
     ),
+    "a scale each 1x128 of one operand": (
+        {"extends": "nvfp4_a16", "default": {"weight": {"global_scale": "1x128"}}},
+        "inline policy, [default] (fprop): global_scale = 1x128 on the weight with precision = w4a16. It is multiplied in between sums",
+    ),
+    "a scale each 1x128 and another format": (
+        {"extends": "nvfp4", "default": {"activation": {"global_scale": "1x128"}, "weight": {"format": "mixfp4"}}},
+        "inline policy, [default] (fprop): global_scale = 1x128 on the activation with format = mixfp4.",
+    ),
     "rotation of a 2D weight": (
         {"extends": "nvfp4_train", "training": {"dgrad": {"hadamard": 16}}},
         "inline policy, [training] dgrad (dgrad weight): block = 16x16 with hadamard. "
