@@ -213,7 +213,12 @@ class QuantConfig:
             ),
             (mxfp4 and self.global_scale is not GlobalScale.TENSOR, scale, "MXFP4 has no global scale.", "Leave global_scale out."),
             (self.by_runs and self.format != "nvfp4", scale, "Runs have scales in NVFP4 alone.", "Use global_scale = 'tensor'."),
-            (self.by_runs and self.needs_moments, f"{scale} with a calibrated weight", "Its scale is its rows'.", "Use global_scale = 'row'."),
+            (
+                self.by_runs and self.needs_moments,
+                f"{scale} with a calibrated weight",
+                "Its scale is its rows'.",
+                "Use global_scale = 'row'.",
+            ),
         )
 
     def _calibration_conflicts(self) -> tuple[tuple[bool, str, str, str], ...]:

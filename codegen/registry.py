@@ -27,7 +27,13 @@ def _runs(spec: KernelSpec) -> bool:
 
 
 def _nvfp4_weight_only(spec: KernelSpec) -> bool:
-    return not _runs(spec) and spec.lhs is None and spec.rhs is not None and spec.rhs.format == "nvfp4" and spec.dtype in (torch.bfloat16, torch.float16)
+    return (
+        not _runs(spec)
+        and spec.lhs is None
+        and spec.rhs is not None
+        and spec.rhs.format == "nvfp4"
+        and spec.dtype in (torch.bfloat16, torch.float16)
+    )
 
 
 def _nvfp4_weight(spec: KernelSpec) -> bool:
@@ -95,7 +101,7 @@ def kernel_for(spec: KernelSpec, target: Target) -> str | Unsupported:
             'use precision = "w4a16", which decodes them, or format = "nvfp4"'
         )
     if _runs(spec) and (reason := _why_not_by_runs(spec, target)):
-        return Unsupported(reason=f"{reason}; use global_scale = \"row\"")
+        return Unsupported(reason=f'{reason}; use global_scale = "row"')
     family = _family_for(spec, target)
     return family.name if family else Unsupported(reason=f"no kernel for {spec.op} on {target.name}")
 

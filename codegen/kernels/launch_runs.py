@@ -1,4 +1,4 @@
-"""Host side of the product whose global scales change every 128 columns. Both operands are dequantized to bfloat16, exactly, and then met."""
+"""Host side of the product whose global scales change every 128 columns. Both operands are dequantized first, to bfloat16 and exactly."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fp4compile.codegen.kernels.runs_mm import runs_mm_kernel
 from fp4compile.codegen.reference.runs import is_by_runs
 
 _FEW_ROWS: Final = 64
-# Rows, columns and warps of a tile. Two sums in registers: 128x128 spills. Two stages take 64 and 96 KiB, which every GPU from sm_80 on has.
+# Rows, columns and warps of a tile. Two sums in registers: 128x128 spills. Two stages take 64 and 96 KiB: every GPU from sm_80 on has that.
 _SMALL: Final = (64, 64, 4)
 _LARGE: Final = (128, 64, 8)
 

@@ -19,7 +19,7 @@ def runs_mm_kernel(
     bias_stride_b, bias_stride_m, bias_stride_n,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RUN: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """out (batch, M, N) contiguous = the sum over runs of A (batch, M, RUN) times B (batch, N, RUN) transposed, times both scales of the run.
+    """out (batch, M, N) contiguous = the sum over runs of A (batch, M, RUN) times B (batch, N, RUN) transposed, times both its scales.
 
     Rows of A and B are contiguous. MASKED: `k` is no multiple of RUN. Rows past the last read it again.
     """

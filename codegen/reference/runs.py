@@ -1,7 +1,7 @@
 """A global scale for each run of 128 values of a row: `global_scale = "1x128"`, the outer scale of TetraJet-v2 (arXiv 2510.27527).
 
 No maximum over a tensor or a long row has to be known before the first value is quantized. Runs are rows of their own: (..., R, K) with
-K zero-padded to whole runs is quantized as (..., R * runs, 128) with a scale a row, by whatever quantizes rows, bit for bit. Inside a product
+K zero-padded to whole runs is quantized as (..., R * runs, 128) with a scale a row, by whatever quantizes rows, bit for bit. In a product
 such a scale is no epilogue any more: each run is multiplied exactly and summed in float32, scaled, and then added to the runs before it.
 """
 

@@ -158,15 +158,8 @@ def configs_of(setting: Setting, role: Role, where: str, calibration: str = "") 
         refuse_illegal_arc(setting.table(OperandKind.ACTIVATION).arc, configs, role, here, calibration)
     _refuse_unequal_rotation(configs, role, here)
     _refuse_searches_at_run_time(configs, here)
+    _refuse_unequal_blocks(configs, here)
     _refuse_lonely_runs(configs, setting.precision, here)
-    formats = sorted({config.format for config in configs.values()})
-    if len({config.fmt.block for config in configs.values()}) > 1:
-        raise IllegalCombination(
-            where=here,
-            found=f"the operands of one matmul have the formats {' and '.join(formats)}",
-            needed="Both must have one format: their blocks are contracted with each other.",
-            advice="Give both operands the same format, or name the role that the rule is for.",
-        )
     return configs
 
 
@@ -222,6 +215,17 @@ def _refuse_searches_at_run_time(configs: dict[OperandKind, QuantConfig], where:
             advice=f'Give it to the weight alone, as in weight = {{ format = "{config.format}" }}, or use precision = "w4a16".'
             if is_format
             else 'Give it to the weight alone, and use scale_rule = "four_over_six" here.',
+        )
+
+
+def _refuse_unequal_blocks(configs: dict[OperandKind, QuantConfig], where: str) -> None:
+    formats = sorted({config.format for config in configs.values()})
+    if len({config.fmt.block for config in configs.values()}) > 1:
+        raise IllegalCombination(
+            where=where,
+            found=f"the operands of one matmul have the formats {' and '.join(formats)}",
+            needed="Both must have one format: their blocks are contracted with each other.",
+            advice="Give both operands the same format, or name the role that the rule is for.",
         )
 
 

@@ -72,13 +72,18 @@ def test_batches(device: torch.device, granularity: str) -> None:
 @pytest.mark.parametrize("granularity", [("1x128", "1x128"), ("1x128", "tensor"), ("row", "1x128")], ids=str)
 def test_a_global_scale_for_each_128_columns(device: torch.device, granularity: tuple[str, str]) -> None:
     generator = torch.Generator(device).manual_seed(6)
-    for lead, shared, (m, n, k) in (((), True, (3, 70, 300)), ((), True, (130, 140, 256)), ((2,), True, (5, 7, 129)), ((2,), False, (5, 7, 40))):
+    for lead, shared, (m, n, k) in (
+        ((), True, (3, 70, 300)),
+        ((), True, (130, 140, 256)),
+        ((2,), True, (5, 7, 129)),
+        ((2,), False, (5, 7, 40)),
+    ):
         a = exact_side("nvfp4", (*lead, m, k), generator, global_scale=granularity[0])
         b = exact_side("nvfp4", (n, k) if shared else (*lead, n, k), generator, global_scale=granularity[1])
         assert_exact(a, b, k)
         assert_exact(a, b, k, torch.randn(n, generator=generator, device=device), torch.bfloat16)
     high = exact_side("bf16", (3, 40), generator)
-    with pytest.raises(RunsOfOtherOperands, match="meets an operand in torch.bfloat16; both must be nvfp4"):
+    with pytest.raises(RunsOfOtherOperands, match=r"meets an operand in torch\.bfloat16; both must be nvfp4"):
         assert_exact(high, exact_side("nvfp4", (7, 40), generator, global_scale="1x128"), 40)
 
 

@@ -1,4 +1,4 @@
-"""A global scale each 1x128: bits against the oracle, products against float64 and against the order of roundings, targets that have none."""
+"""A global scale each 1x128: bits against the oracle, products against float64 and the order of roundings, targets that have none."""
 
 from __future__ import annotations
 
@@ -53,7 +53,9 @@ def test_every_run_is_quantized_by_its_own_maximum(shape: tuple[int, ...], round
             assert np.array_equal(decode.reshape(-1).numpy(), want.decode)
 
 
-@pytest.mark.parametrize("configs", [(RUNS, RUNS), (RUNS, QuantConfig()), (ROW, RUNS)], ids=lambda pair: "x".join(c.describe() for c in pair))
+@pytest.mark.parametrize(
+    "configs", [(RUNS, RUNS), (RUNS, QuantConfig()), (ROW, RUNS)], ids=lambda pair: "x".join(c.describe() for c in pair)
+)
 @pytest.mark.parametrize("size", [(3, 70, 300), (40, 20, 64), (20, 33, 1024)], ids=str)
 def test_products_sum_scaled_runs_in_their_order(configs: tuple[QuantConfig, QuantConfig], size: tuple[int, int, int]) -> None:
     (m, n, k), generator = size, torch.Generator().manual_seed(3)
