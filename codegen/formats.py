@@ -216,7 +216,7 @@ class QuantConfig:
             (
                 self.by_runs and self.needs_moments,
                 f"{scale} with a calibrated weight",
-                "Its scale is its rows'.",
+                "Calibrated methods quantize whole rows.",
                 "Use global_scale = 'row'.",
             ),
         )

@@ -159,7 +159,8 @@ def _or_offline(by_kernel):
         config = config_of(*fields)
         if config.by_runs:
             rows = (format, block, scale_rule, str(GlobalScale.ROW), rounding, hadamard, static_amax)
-            codes, scales, decode = rows_as_runs(*call(runs_as_rows(x, axis), -1, *rows, seed), x, axis)
+            codes, scales, decode = call(runs_as_rows(x, axis), -1, *rows, seed)
+            codes, scales, decode = rows_as_runs(codes, scales, decode, x, axis)
             return *lay_out_ref(codes, scales, layout), decode
         if not config.is_offline:
             return by_kernel(x, axis, *fields, seed, layout=layout)
