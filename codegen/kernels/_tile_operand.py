@@ -79,3 +79,22 @@ def load_global_scale(ptr, batch, row, rows, stride_b, stride_r, BLOCK_R: tl.con
         return tl.full([BLOCK_R], 1.0, tl.float32)
     else:
         return tl.load(ptr + batch * stride_b + row * stride_r, mask=row < rows, other=1.0)
+
+
+@triton.jit
+def load_columns(at, inner, left, MASKED: tl.constexpr):
+    """The tile at addresses `at` [R, BLOCK_K] whose columns are `inner`; with MASKED zero from column `left` on."""
+    if MASKED:
+        return tl.load(at, mask=(inner < left)[None, :], other=0.0)
+    else:
+        return tl.load(at)
+
+
+@triton.jit
+def store_result(acc, bias_ptr, out_ptr, batch, row, column, m, n, bias_stride_b, bias_stride_m, bias_stride_n):
+    """out (batch, M, N), contiguous, at `row` and `column` (int64) = `acc`, plus the bias where there is one; one rounding."""
+    inside = (row < m)[:, None] & (column < n)[None, :]
+    if bias_ptr is not None:
+        where_bias = batch * bias_stride_b + row[:, None] * bias_stride_m + column[None, :] * bias_stride_n
+        acc = acc + tl.load(bias_ptr + where_bias, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + (batch * m + row[:, None]) * n + column[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)

@@ -20,7 +20,8 @@ from fp4compile.codegen import tuning
 from fp4compile.codegen.errors import UnsupportedDtype
 from fp4compile.codegen.formats import Layout, round_up
 from fp4compile.codegen.kernels.hopper_tiles import HALF_TILES, HalfTile, HopperTile, RegisterTile, choose_register_tile, gluon_launcher
-from fp4compile.codegen.kernels.launch_dequantize import dequantize, dequantize_tiled, on_device, tile_on_device
+from fp4compile.codegen.kernels.kernel_call import on_device
+from fp4compile.codegen.kernels.launch_dequantize import dequantize, dequantize_tiled, tile_on_device
 from fp4compile.codegen.kernels.narrow_decode_mm import narrow_decode_mm_kernel
 from fp4compile.codegen.kernels.wide_decode_mm import pair_columns_kernel, wide_decode_mm_kernel
 from fp4compile.codegen.reference.layout import lay_out_ref

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fp4compile.codegen.kernels._tile_operand import load_global_scale
+from fp4compile.codegen.kernels._tile_operand import load_columns, load_global_scale, store_result
 from fp4compile.codegen.kernels.scaled_mm import output_tile
 
 
@@ -32,13 +32,8 @@ def half_mm_kernel(
     b_at = b_ptr + batch * b_stride_b + tl.minimum(column, n - 1)[:, None] * b_stride_r + inner[None, :] * b_stride_k
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, k, BLOCK_K):
-        if MASKED:
-            present = (inner < k - start)[None, :]
-            a = tl.load(a_at, mask=present, other=0.0)
-            b = tl.load(b_at, mask=present, other=0.0)
-        else:
-            a = tl.load(a_at)
-            b = tl.load(b_at)
+        a = load_columns(a_at, inner, k - start, MASKED)
+        b = load_columns(b_at, inner, k - start, MASKED)
         acc = tl.dot(a, tl.trans(b), acc)
         a_at += BLOCK_K * a_stride_k
         b_at += BLOCK_K * b_stride_k
@@ -46,8 +41,4 @@ def half_mm_kernel(
     a_global = load_global_scale(a_global_ptr, batch, row, m, a_global_stride_b, a_global_stride_r, BLOCK_M)
     b_global = load_global_scale(b_global_ptr, batch, column, n, b_global_stride_b, b_global_stride_r, BLOCK_N)
     acc = acc * (a_global[:, None] * b_global[None, :])
-    inside = (row < m)[:, None] & (column < n)[None, :]
-    if bias_ptr is not None:
-        where_bias = batch * bias_stride_b + row[:, None] * bias_stride_m + column[None, :] * bias_stride_n
-        acc = acc + tl.load(bias_ptr + where_bias, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + (batch * m + row[:, None]) * n + column[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
+    store_result(acc, bias_ptr, out_ptr, batch, row, column, m, n, bias_stride_b, bias_stride_m, bias_stride_n)

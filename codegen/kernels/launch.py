@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from fp4compile.codegen.formats import Layout
+from fp4compile.codegen.kernels.kernel_call import on_device
 from fp4compile.codegen.kernels.launch_dequantize import decoded as dequantize
-from fp4compile.codegen.kernels.launch_dequantize import on_device
 from fp4compile.codegen.kernels.launch_matmul import Operand, multiply, multiply_grouped
 from fp4compile.codegen.kernels.launch_native import scaled_mm as native_scaled_mm
 from fp4compile.codegen.kernels.launch_native import serves
 from fp4compile.codegen.kernels.launch_native_grouped import scaled_grouped_mm as native_scaled_grouped_mm
-from fp4compile.codegen.kernels.launch_quantize import hadamard, on_device_of, quantize
+from fp4compile.codegen.kernels.launch_quantize import hadamard, quantize
 from fp4compile.codegen.kernels.launch_quantize_both import quantize_both
 from fp4compile.codegen.kernels.launch_runs import multiply_runs
 from fp4compile.codegen.kernels.launch_weight import multiply_expert_weights, multiply_weight, serves_weight
@@ -45,7 +45,7 @@ def scaled_mm(
     target = known_target(a.device, where=where)
     by_runs = is_by_runs(a, a_global) or is_by_runs(b, b_global)
     if not by_runs and serves(a_scales, b_scales, (a_layout, b_layout), int(k), target.capability):
-        with on_device_of(a):
+        with on_device(a):
             return native_scaled_mm(
                 a, a_scales, a_global, b, b_scales, b_global, bias, int(k), out_dtype,
                 a_layout=a_layout, b_layout=b_layout, capability=target.capability, processors=processors_of(a.device),
@@ -61,7 +61,7 @@ def scaled_mm(
     if not out.numel():
         return out
     if by_runs:
-        with on_device_of(a):
+        with on_device(a):
             multiply_runs(a, a_scales, a_global, b, b_scales, b_global, bias, out, int(k))
         return out
     batch = a.shape[:-2]
@@ -74,7 +74,7 @@ def scaled_mm(
         batch = torch.Size(())
     left, right = Operand.of(a, a_scales, a_global, batch, where), Operand.of(b, b_scales, b_global, batch, where)
     flat = (batch.numel(), a.shape[-2], b.shape[-2])
-    with on_device_of(a):
+    with on_device(a):
         multiply(left, right, None if bias is None else bias.reshape(flat), out.view(flat), int(k), target.capability)
     return out
 
@@ -97,7 +97,7 @@ def scaled_grouped_mm(
     where = "fp4::scaled_grouped_mm"
     target = known_target(a.device, where=where)
     if serves(a_scales, b_scales, (a_layout, b_layout), int(k), target.capability):
-        with on_device_of(a):
+        with on_device(a):
             return native_scaled_grouped_mm(
                 a, a_scales, a_global, b, b_scales, b_global, offs, int(k), out_dtype,
                 a_layout=a_layout, b_layout=b_layout, capability=target.capability,
@@ -113,6 +113,6 @@ def scaled_grouped_mm(
     if not out.numel():
         return out
     left, right = Operand.of(a, a_scales, a_global, torch.Size(()), where), Operand.of(b, b_scales, b_global, b.shape[:1], where)
-    with on_device_of(a):
+    with on_device(a):
         multiply_grouped(left, right, offs, out, int(k))
     return out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Final
 
 import torch
@@ -11,18 +10,12 @@ from torch import Tensor
 from fp4compile.codegen.formats import round_up
 from fp4compile.codegen.kernels.dequantize import dequantize_kernel, tile_weight_kernel
 from fp4compile.codegen.kernels.dequantize_words import dequantize_plain_kernel, dequantize_tiled_kernel
+from fp4compile.codegen.kernels.kernel_call import on_device
 from fp4compile.codegen.reference.block import dequantize_ref
 from fp4compile.codegen.reference.block_scales import each_element
 
 EXACT_IN_BFLOAT16: Final = (torch.float8_e4m3fn, torch.float8_e8m0fnu)  # dtypes of the block scales of formats that `dequantize` takes
-_HERE: Final = nullcontext()
 _LAUNCH: Final = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
-
-
-def on_device(x: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be that of the tensor; switching costs more than looking."""
-    here = not x.is_cuda or x.get_device() == torch.cuda.current_device()
-    return _HERE if here else torch.cuda.device_of(x)
 
 
 def dequantize(codes: Tensor, scales: Tensor, k: int, dtype: torch.dtype) -> Tensor:

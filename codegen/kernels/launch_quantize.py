@@ -7,8 +7,6 @@ planned once, few rows take one launch, and no buffer has to be zeroed.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -17,8 +15,8 @@ from torch import Tensor
 
 from fp4compile.codegen.errors import Fp4CompileError, UnsupportedDtype
 from fp4compile.codegen.formats import GlobalScale, Layout, QuantConfig, Rounding, round_up
-from fp4compile.codegen.kernels.kernel_call import KernelCall
-from fp4compile.codegen.kernels.launch_dequantize import on_device, tile_on_device
+from fp4compile.codegen.kernels.kernel_call import KernelCall, on_device
+from fp4compile.codegen.kernels.launch_dequantize import tile_on_device
 from fp4compile.codegen.kernels.quantize import amax_kernel, hadamard_kernel, quantize_here_kernel, quantize_kernel
 from fp4compile.codegen.kernels.quantize_tiles import Tile, View, multiprocessors, power_of_two, steps, tile_of, tile_of_rows
 from fp4compile.codegen.ops import config_of
@@ -216,7 +214,7 @@ def quantize(
         return _of_nothing(x, plan)
     codes, scales, decode = new_results(x, plan)
     bytes_ = scales.view(torch.uint8)
-    with on_device_of(x):
+    with on_device(x):
         if plan.finds_amax_here:
             plan.quantize(x, seed_of(plan, seed), codes, bytes_, decode)
         else:
@@ -299,7 +297,7 @@ def hadamard(x: Tensor, axis: int, size: int) -> Tensor:
     block_k = 64 if data.stride(1) == 1 and data.stride(2) != 1 else 256
     block_k = max(block_k, size)
     block_r = max(16, 4096 // block_k)
-    with on_device_of(x):
+    with on_device(x):
         hadamard_kernel[(batch * -(-rows // block_r) * -(-padded_k // block_k),)](
             data, out, rows, k, padded_k, *data.stride(), *moved.reshape(-1, *moved.shape[-2:]).stride(),
             HADAMARD=size, BLOCK_R=block_r, BLOCK_K=block_k, num_warps=4, **OPTIONS,
@@ -311,10 +309,3 @@ def check(dtype: torch.dtype, device: torch.device, where: str, fmt: str) -> Non
     if dtype not in _FLOATS:
         raise UnsupportedDtype(where=where, found=dtype, fmt=fmt)
     known_target(device, where=where)
-
-
-@contextmanager
-def on_device_of(x: Tensor) -> Iterator[None]:
-    """Triton launches on the current device, which need not be that of the tensor."""
-    with torch.cuda.device_of(x):
-        yield

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fp4compile.codegen.formats import GlobalScale, Layout
-from fp4compile.codegen.kernels.kernel_call import KernelCall
+from fp4compile.codegen.kernels.kernel_call import KernelCall, on_device
 from fp4compile.codegen.kernels.launch_quantize import (
     MOST_MATRICES,
     OPTIONS,
@@ -18,7 +18,6 @@ from fp4compile.codegen.kernels.launch_quantize import (
     amax_of,
     amax_with_plain,
     new_results,
-    on_device_of,
     plan_of,
     quantize,
     seed_of,
@@ -121,7 +120,7 @@ def _plan_of(
 
 
 def _in_one_kernel(x: Tensor, plan: _Plan, seed: Tensor | None, seed_t: Tensor | None) -> tuple[Quantized, Quantized]:
-    with on_device_of(x):
+    with on_device(x):
         amax, amax_t = _both_amax(x, plan.along, plan.across)
         one, other = new_results(x, plan.along), new_results(x, plan.across)
         (codes, scales, decode), (codes_t, scales_t, decode_t) = one, other

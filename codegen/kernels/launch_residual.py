@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fp4compile.codegen.formats import E2M1_MAX, GlobalScale, Layout, QuantConfig
 from fp4compile.codegen.kernels import launch_quantize
-from fp4compile.codegen.kernels.kernel_call import KernelCall
-from fp4compile.codegen.kernels.launch_quantize import OPTIONS, Plan, amax_of, on_device_of, plan_of
+from fp4compile.codegen.kernels.kernel_call import KernelCall, on_device
+from fp4compile.codegen.kernels.launch_quantize import OPTIONS, Plan, amax_of, plan_of
 from fp4compile.codegen.kernels.quantize_residual import quantize_residual_here_kernel, quantize_residual_kernel
 from fp4compile.codegen.kernels.quantize_tiles import ELEMENTS, QUADS, Tile, power_of_two, steps
 from fp4compile.codegen.ops import quantize_args
@@ -138,7 +138,7 @@ def _launched(x: Tensor, order: Tensor, plan: ResidualPlan, batch_shape: torch.S
     scales = x.new_empty((*batch_shape, *plan.shapes[1]), dtype=plan.whole.config.fmt.scale_dtype)
     decode = x.new_empty(plan.whole.decode_shape, dtype=torch.float32)
     bytes_ = scales.view(torch.uint8)
-    with on_device_of(x):
+    with on_device(x):
         if plan.finds_amax_here:
             plan.quantize(x, order, codes, bytes_, decode)
         else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fp4compile.codegen.kernels._tile_operand import load_columns, store_result
 from fp4compile.codegen.kernels.scaled_mm import output_tile
 
 
@@ -34,22 +35,12 @@ def runs_mm_kernel(
     b_global_at = b_global_ptr + batch * b_global_stride_b + b_row * b_global_stride_r
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, k, RUN):
-        if MASKED:
-            present = (inner < k - start)[None, :]
-            a = tl.load(a_at, mask=present, other=0.0)
-            b = tl.load(b_at, mask=present, other=0.0)
-        else:
-            a = tl.load(a_at)
-            b = tl.load(b_at)
+        a = load_columns(a_at, inner, k - start, MASKED)
+        b = load_columns(b_at, inner, k - start, MASKED)
         scale = tl.load(a_global_at)[:, None] * tl.load(b_global_at)[None, :]
         acc = acc + tl.dot(a, tl.trans(b)) * scale
         a_at += RUN
         b_at += RUN
         a_global_at += a_global_stride_k
         b_global_at += b_global_stride_k
-
-    inside = (row < m)[:, None] & (column < n)[None, :]
-    if bias_ptr is not None:
-        where_bias = batch * bias_stride_b + row[:, None] * bias_stride_m + column[None, :] * bias_stride_n
-        acc = acc + tl.load(bias_ptr + where_bias, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + (batch * m + row[:, None]) * n + column[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
+    store_result(acc, bias_ptr, out_ptr, batch, row, column, m, n, bias_stride_b, bias_stride_m, bias_stride_n)

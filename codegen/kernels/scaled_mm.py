@@ -8,7 +8,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fp4compile.codegen.kernels._tile_operand import empty_sum, finished_sum, load_global_scale, load_operand, multiply_accumulate
+from fp4compile.codegen.kernels._tile_operand import (
+    empty_sum,
+    finished_sum,
+    load_global_scale,
+    load_operand,
+    multiply_accumulate,
+    store_result,
+)
 
 
 @triton.jit
@@ -46,11 +53,7 @@ def scaled_mm_kernel(
     a_global = load_global_scale(a_global_ptr, batch, row, m, a_global_stride_b, a_global_stride_r, BLOCK_M)
     b_global = load_global_scale(b_global_ptr, batch, column, n, b_global_stride_b, b_global_stride_r, BLOCK_N)
     acc = finished_sum(sums, B_FIRST) * (a_global[:, None] * b_global[None, :])
-    inside = (row < m)[:, None] & (column < n)[None, :]
-    if bias_ptr is not None:
-        where_bias = batch * bias_stride_b + row[:, None] * bias_stride_m + column[None, :] * bias_stride_n
-        acc = acc + tl.load(bias_ptr + where_bias, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + (batch * m + row[:, None]) * n + column[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
+    store_result(acc, bias_ptr, out_ptr, batch, row, column, m, n, bias_stride_b, bias_stride_m, bias_stride_n)
 
 
 @triton.jit

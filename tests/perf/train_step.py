@@ -142,7 +142,8 @@ def main() -> None:
         name: {"step_ms": median(times[name]), "saved_bytes": step.saved, "first_step_s": step.first_seconds}
         for name, step in steps.items()
     }  # fmt: skip
-    found = {"device": _device_name(device), "torch": torch.__version__, "given": {**vars(args), "folder": args.folder.name, "policy": str(policy)}, "rows": rows}
+    given = {**vars(args), "folder": args.folder.name, "policy": str(policy)}
+    found = {"device": _device_name(device), "torch": torch.__version__, "given": given, "rows": rows}
     found["report"] = _report()
     _print(rows)
     print(tabulate(found["report"].items()))

@@ -7,21 +7,14 @@ without a GPU `test_under_interpreter.py` starts one process a file, and the fil
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
 
+from tests.codegen.kernels.files_that_run_kernels import FILES
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-RUN_KERNELS = [
-    "test_quantize_exact.py",
-    "test_quantize_residual_exact.py",
-    "test_scaled_mm.py",
-    "test_grouped.py",
-    "test_flagged_mm.py",
-    "test_weight_products.py",
-    "test_native_mm.py",
-    "test_native_grouped.py",
-]
 
 if INTERPRETED:
     collect_ignore = ["test_under_interpreter.py", "test_cross_compile.py"]
@@ -33,11 +26,23 @@ if INTERPRETED:
 elif torch.cuda.is_available():
     collect_ignore = ["test_under_interpreter.py"]
 else:
-    collect_ignore = RUN_KERNELS
+    collect_ignore = list(FILES)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")  # numpy on division by zero and NaN
+
+
+@pytest.fixture(params=["maximum found on the way", "maximum first"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Of quantizing: small matrices take one launch; here also the way of large ones."""
+    from fp4compile.codegen.kernels import launch_quantize  # imports Triton, which not every test here wants
+
+    if request.param == "maximum first":
+        monkeypatch.setattr(launch_quantize, "_TILES_OF_A_SMALL_MATRIX", 0)
+    launch_quantize.plan_of.cache_clear()
+    yield
+    launch_quantize.plan_of.cache_clear()
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -69,6 +70,13 @@ def first_differences(got: Tensor, want: Tensor, limit: int = 4) -> str:
     pairs = [(tuple(c), _show(got[tuple(c)]), _show(want[tuple(c)])) for c in coordinates]
     listed = "; ".join(f"{c}: got {g}, want {w}" for c, g, w in pairs)
     return f"{count} of {got.numel()} differ, {listed}"
+
+
+def assert_same_bits(got: Sequence[Tensor], want: Sequence[Tensor]) -> None:
+    """Of codes, scales and global scale; what a kernel gives is contiguous."""
+    for name, g, w in zip(("codes", "scales", "global_scale"), got, want, strict=True):
+        assert g.is_contiguous()
+        assert not first_differences(g, w.contiguous()), f"{name}: {first_differences(g, w.contiguous())}"
 
 
 def _show(value: Tensor) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import triton
@@ -16,7 +14,14 @@ from fp4compile.codegen.ops import quantize_args
 from fp4compile.codegen.reference.block import dequantize_ref, quantize_ref
 from fp4compile.codegen.reference.hadamard import hadamard_ref
 from fp4compile.codegen.reference.layout import lay_out_ref
-from tests.codegen.kernels.hard_inputs import DISTRIBUTIONS, all_quantizations, first_differences, hard_batch, same_nan
+from tests.codegen.kernels.hard_inputs import (
+    DISTRIBUTIONS,
+    all_quantizations,
+    assert_same_bits,
+    first_differences,
+    hard_batch,
+    same_nan,
+)
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 CASES = [(i, config, DTYPES[i % 3], (-1, -2)[i // 3 % 2]) for i, config in enumerate(all_quantizations())]
@@ -29,9 +34,7 @@ def assert_exact(x: Tensor, axis: int = -1, seed: int | None = None, **options: 
     seed_tensor = None if seed is None else torch.tensor(seed, dtype=torch.int64, device=x.device)
     got = launch.quantize(x, axis, *quantize_args(config), seed_tensor)
     want = quantize_ref(x, config, axis=axis, seed=seed_tensor)
-    for name, g, w in zip(("codes", "scales", "global_scale"), got, want, strict=True):
-        assert g.is_contiguous()
-        assert not first_differences(g, w.contiguous()), f"{name}: {first_differences(g, w.contiguous())}"
+    assert_same_bits(got, want)
 
 
 @pytest.mark.parametrize(("index", "options", "dtype", "axis"), CASES, ids=[f"{i}-{a}" for i, _, _, a in CASES])
@@ -139,16 +142,6 @@ OPTIONS = [
 ]  # fmt: skip
 
 
-@pytest.fixture(params=["maximum found on the way", "maximum first"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Small matrices take one launch; here also the way of large ones."""
-    if request.param == "maximum first":
-        monkeypatch.setattr(launch_quantize, "_TILES_OF_A_SMALL_MATRIX", 0)
-    launch_quantize.plan_of.cache_clear()
-    yield
-    launch_quantize.plan_of.cache_clear()
-
-
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize(("shape", "turned"), READINGS, ids=str)
@@ -229,5 +222,4 @@ def test_tiles_of_a_weight(device: torch.device, options: dict, axis: int) -> No
     arguments = quantize_args(QuantConfig(**options))
     codes, scales, decode = launch.quantize(x, axis, *arguments, None)
     want = (*lay_out_ref(codes, scales, "tiled"), decode)
-    for g, w in zip(launch.quantize(x, axis, *arguments, None, layout="tiled"), want, strict=True):
-        assert not first_differences(g, w.contiguous())
+    assert_same_bits(launch.quantize(x, axis, *arguments, None, layout="tiled"), want)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import triton
@@ -14,7 +12,7 @@ from fp4compile.codegen.kernels import launch_quantize
 from fp4compile.codegen.kernels.launch_residual import quantize_residual
 from fp4compile.codegen.reference.layout import lay_out_ref
 from fp4compile.codegen.reference.residual import quantize_residual_ref
-from tests.codegen.kernels.hard_inputs import DISTRIBUTIONS, first_differences, hard_batch
+from tests.codegen.kernels.hard_inputs import DISTRIBUTIONS, assert_same_bits, hard_batch
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 OPTIONS = [
@@ -36,19 +34,7 @@ def assert_exact(x: Tensor, outliers: int, *, axis: int = -1, by_block: bool = F
     got = quantize_residual(x, axis, order, outliers, config, layout)
     codes, scales, decode = quantize_residual_ref(x, order, outliers, config, axis=axis)
     want = (*lay_out_ref(codes, scales, layout), decode)
-    for name, g, w in zip(("codes", "scales", "global_scale"), got, want, strict=True):
-        assert g.is_contiguous()
-        assert not first_differences(g, w.contiguous()), f"{name}: {first_differences(g, w.contiguous())}"
-
-
-@pytest.fixture(params=["maximum found on the way", "maximum first"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Small matrices take one launch; here also the way of large ones."""
-    if request.param == "maximum first":
-        monkeypatch.setattr(launch_quantize, "_TILES_OF_A_SMALL_MATRIX", 0)
-    launch_quantize.plan_of.cache_clear()
-    yield
-    launch_quantize.plan_of.cache_clear()
+    assert_same_bits(got, want)
 
 
 @pytest.mark.usefixtures("way")

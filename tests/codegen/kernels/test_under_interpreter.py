@@ -9,19 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.codegen.kernels.files_that_run_kernels import FILES
+
 HERE = Path(__file__).parent
-
-
-FILES = [
-    "test_quantize_exact.py",
-    "test_quantize_residual_exact.py",
-    "test_scaled_mm.py",
-    "test_weight_products.py",
-    "test_grouped.py",
-    "test_flagged_mm.py",
-    "test_native_mm.py",
-    "test_native_grouped.py",
-]
 
 
 @pytest.mark.parametrize("file", FILES)
