@@ -1,6 +1,7 @@
 """Loss curves and a table of final gaps out of the logs of pretrain.py.
 
-python examples/pretrain/plot.py runs
+python examples/pretrain/plot.py runs                              # one folder
+python examples/pretrain/plot.py runs/seed0 runs/seed1 runs/seed2  # and, of several seeds, means with their standard errors
 """
 
 from __future__ import annotations
@@ -96,6 +97,39 @@ def _table(runs: Sequence[Run]) -> str:
     return tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True, colalign=("left", *["right"] * 6))
 
 
+def across_seeds(folders: Sequence[Path]) -> str:
+    """A row a recipe: held-out losses at the end, and gaps to the bf16 run of the same folder, which has the same seed and order of data.
+
+    Means over the folders; in brackets the standard error of a mean. Runs that have not come to the end are left out.
+    """
+    losses: dict[str, list[float]] = {}
+    gaps: dict[str, list[float]] = {}
+    for folder in folders:
+        runs = {path.parent.name: Run.read(path.parent) for path in folder.glob("*/log.jsonl") if path.stat().st_size}
+        base = runs[BASE].heldout
+        end = max(base)
+        for name, run in runs.items():
+            if end in run.heldout:
+                losses.setdefault(name, []).append(run.heldout[end])
+                gaps.setdefault(name, []).append(run.heldout[end] - base[end])
+    lowest = statistics.mean(losses[BASE])
+    rows = [
+        [name, len(losses[name]), _mean(losses[name]), *(("", "") if name == BASE else (_mean(gaps[name]), _percent(gaps[name], lowest)))]
+        for name in sorted(losses, key=lambda name: statistics.mean(gaps[name]))
+    ]
+    headers = ("run", "seeds", "held-out loss", "gap, nats", "gap")
+    return tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True, colalign=("left", *["right"] * 4))
+
+
+def _mean(values: Sequence[float]) -> str:
+    error = f" ({statistics.stdev(values) / math.sqrt(len(values)):.4f})" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4f}{error}"
+
+
+def _percent(gaps: Sequence[float], base: float) -> str:
+    return f"{100 * statistics.mean(gaps) / base:+.2f}%"
+
+
 def _gap(loss: float, base: float) -> tuple[str, str]:
     return f"{loss - base:+.4f}", f"{100 * (loss / base - 1):+.2f}%"
 
@@ -146,9 +180,11 @@ def _diagnoses(folder: Path) -> str:
 def main(argv: Sequence[str] | None = None) -> str:
     """Returns the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="the --out of pretrain.py")
+    parser.add_argument("out", type=Path, nargs="+", help="the --out of pretrain.py; several: of runs that differ in their seed alone")
     args = parser.parse_args(argv)
-    table = write_comparison(args.out)
+    table = "\n\n".join(write_comparison(out) for out in args.out)
+    if len(args.out) > 1:
+        table += "\n\n" + across_seeds(args.out)
     print(table)
     return table
 

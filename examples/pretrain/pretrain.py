@@ -79,6 +79,7 @@ class Schedule:
     evaluate_every: int
     heldout: int  # held-out tokens of an evaluation
     diagnose_every: int
+    keep: tuple[int, ...]  # steps whose checkpoints stay
 
 
 class Log:
@@ -95,12 +96,30 @@ class Log:
             stream.write(json.dumps(row) + "\n")
 
 
-def train(settings: Settings, recipe: Recipe, schedule: Schedule, data: Path, out: Path, saved: Path, device: str) -> bool:
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """The files of one run."""
+
+    data: Path
+    out: Path
+    saved: Path  # its last checkpoint
+    begin_from: Path | None  # one of another run, where it has none yet
+
+    @property
+    def start(self) -> Path:
+        return self.saved if self.saved.exists() or self.begin_from is None else self.begin_from
+
+    def kept(self, step: int) -> Path:
+        return self.saved.with_stem(f"checkpoint_{step:06}")
+
+
+def train(settings: Settings, recipe: Recipe, schedule: Schedule, place: Place, device: str) -> bool:
     """One recipe from its last checkpoint on. Returns whether it reached its last step."""
+    data, out = place.data, place.out
     torch.manual_seed(settings.seed)
     model = Llama(SIZES[settings.size], settings.vocabulary, settings.sequence).to(device)
     optimizer = _adamw(model, settings, device)
-    first = done = checkpoint.load(saved, model, optimizer)
+    first = done = checkpoint.load(place.start, model, optimizer)
     fp4compile.set_step(first)  # a schedule in the policy goes by it
     run = torch.compile(model, dynamic=False, **recipe.compile_arguments(settings.steps))  # the one line
     policy = recipe.full_policy(settings.steps)
@@ -123,7 +142,9 @@ def train(settings: Settings, recipe: Recipe, schedule: Schedule, data: Path, ou
             batch = windows.batch(done * settings.batch, settings.micro_batch, device)
             look(lambda watched, batch=batch: _loss(watched, batch, device).backward()).write(out / "diagnosis", name=f"step_{done:06}")
         if late or last or done % schedule.save_every == 0:
-            checkpoint.save(saved, model, optimizer, done)
+            checkpoint.save(place.saved, model, optimizer, done)
+        if done in schedule.keep:
+            checkpoint.save(place.kept(done), model, optimizer, done)
         if late:
             break
     return done == settings.steps
@@ -196,10 +217,12 @@ def main(argv: Sequence[str] | None = None) -> str:
             evaluate_every=args.evaluate_every or max(settings.steps // 10, 1),
             heldout=_count(args.heldout_tokens),
             diagnose_every=args.diagnose_every,
+            keep=tuple(args.keep),
         )
         saved = (args.checkpoints or args.out) / name / "checkpoint.pt"
+        place = Place(data=args.data, out=args.out / name, saved=saved, begin_from=args.begin_from)
         torch._dynamo.reset()
-        if not train(settings, RECIPES[name], schedule, args.data, args.out / name, saved, args.device):
+        if not train(settings, RECIPES[name], schedule, place, args.device):
             print(f"{name}: out of time, saved. The same command goes on from here.")
     table = write_comparison(args.out)
     print(table)
@@ -222,13 +245,18 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--decay", choices=("cosine", "wsd"), default="cosine")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
+    parser.add_argument("--keep", type=int, nargs="+", default=[], help="steps whose checkpoints stay, as checkpoint_STEP.pt")
+    parser.add_argument("--begin-from", type=Path, help="a checkpoint that --keep left: what its run did until then is not done again")
     parser.add_argument("--evaluate-every", type=int, help="steps between looks at the held-out text; default: ten looks")
     parser.add_argument("--heldout-tokens", default="256k", help="how much of it")
     parser.add_argument("--diagnose-every", type=int, default=0, help="steps between diagnoses of the quantization; 0: none")
     parser.add_argument("--limit-minutes", type=float, default=math.inf, help="save and stop after this time, all recipes together")
     parser.add_argument("--deterministic", action="store_true", help="on CUDA: equal runs to the last bit, slower")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.begin_from and not args.begin_from.exists():
+        parser.error(f"--begin-from {args.begin_from}: no such checkpoint; its run leaves it under --keep STEP.")
+    return args
 
 
 def _settings(args: argparse.Namespace) -> Settings:

@@ -121,6 +121,40 @@ def test_a_time_limit_saves_and_the_same_command_goes_on(text: Path, tmp_path: P
         run(text, tmp_path, *arguments, "--seed", "1")
 
 
+def test_a_recipe_begins_at_a_checkpoint_of_another(text: Path, tmp_path: Path) -> None:
+    """`late_switch` is `nvfp4_train` until it switches: begun there, it ends where it would have ended."""
+    common = ("--tokens", "2560", "--evaluate-every", "8")
+    run(text, tmp_path / "whole", "--recipe", "late_switch", *common)
+    run(text, tmp_path / "branch", "--recipe", "nvfp4_train", "--keep", "8", *common)
+    run(
+        text,
+        tmp_path / "branch",
+        "--recipe",
+        "late_switch",
+        "--begin-from",
+        str(tmp_path / "branch/nvfp4_train/checkpoint_000008.pt"),
+        *common,
+    )
+    whole, branch = (log_of(tmp_path / way / "late_switch") for way in ("whole", "branch"))
+    assert [row["step"] for row in branch] == [9, 10, 10] and branch == whole[-3:]
+    with pytest.raises(SystemExit):
+        run(text, tmp_path / "none", "--recipe", "late_switch", "--begin-from", str(tmp_path / "none.pt"), *common)
+
+
+def test_gaps_are_taken_seed_by_seed(tmp_path: Path) -> None:
+    import plot
+
+    for seed, (base, other) in enumerate(((3.0, 3.2), (4.0, 4.3))):
+        for name, loss in (("bf16", base), ("nvfp4_train", other), ("half_done", 9.0)):
+            folder = tmp_path / str(seed) / name
+            folder.mkdir(parents=True)
+            tokens = 50 if name == "half_done" else 100
+            (folder / "log.jsonl").write_text(json.dumps({"step": 1, "tokens": tokens, "heldout": loss}) + "\n")
+    lines = plot.across_seeds([tmp_path / "0", tmp_path / "1"]).splitlines()[2:]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert cells == [["bf16", "2", "3.5000 (0.5000)", "", ""], ["nvfp4_train", "2", "3.7500 (0.5500)", "0.2500 (0.0500)", "+7.14%"]]
+
+
 def rows_under(name: str) -> dict[tuple[str, str], tuple[str, str]]:
     """(matmul, role) -> precision and operands, as the compiler decides for a two-layer model."""
     from model import Llama, Shape
