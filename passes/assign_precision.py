@@ -51,7 +51,7 @@ def plan_for(site: Site, decision: Decision, target: Target) -> tuple[Plan, bool
         return Plan(lhs=None, rhs=None, rule=decision.rule, reason=site.refusal), wanted and not site.is_empty
     plan = Plan(
         lhs=_config(decision, site.lhs), rhs=_config(decision, site.rhs), rule=decision.rule, reason=decision.reason,
-        outliers=decision.outliers,
+        outliers=decision.outliers, sorts_channels=decision.sorts_channels,
     )  # fmt: skip
     if not plan.quantizes:
         return untouched, False

@@ -88,6 +88,7 @@ class Decision:
     reason: str  # a sentence fragment for the report: "output head", "down_proj kept safer"
     dequantized: bool = False  # a backward matmul in high precision, on what the forward's codes decode to
     outliers: Outliers | None = None  # channels of the activation that are quantized twice
+    sorts_channels: bool = False  # outliers are sorted one by one, so blocks are made of other channels; known before they are
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +101,7 @@ class Plan:
     reason: str
     dequantized: bool = False
     outliers: Outliers | None = None
+    sorts_channels: bool = False
 
     @property
     def quantizes(self) -> bool:

@@ -41,7 +41,7 @@ class Resolver:
                 self._check(site)
                 readers.setdefault(_place(_weight(site)), []).append(site)
         return [
-            replace(decision, configs={k: self._filled_in(k, c, site, readers) for k, c in decision.configs.items()}) if used else decision
+            self._with_statistics(decision, site, readers) if used else decision
             for (site, decision), used in zip(pairs, calibrated, strict=True)
         ]
 
@@ -49,12 +49,17 @@ class Resolver:
         needs = decision.outliers is not None or any(config.needs_statistics for config in decision.configs.values())
         return needs and plan_for(site, decision, self.target)[0].quantizes
 
-    def _filled_in(self, kind: OperandKind, config: QuantConfig, site: Site, readers: Mapping[Any, list[Site]]) -> QuantConfig:
-        if not config.needs_statistics:
-            return config
-        if kind is OperandKind.WEIGHT:
-            return replace(config, calibration=self._moments(readers[_place(_weight(site))], config))
-        return replace(config, static_amax=self._amax(site.name, config.hadamard), calibration="")
+    def _with_statistics(self, decision: Decision, site: Site, readers: Mapping[Any, list[Site]]) -> Decision:
+        configs = dict(decision.configs)
+        for kind, config in decision.configs.items():
+            if not config.needs_statistics:
+                continue
+            if kind is OperandKind.WEIGHT:
+                in_order = decision.sorts_channels and decision.outliers is not None
+                configs[kind] = replace(config, calibration=self._moments(readers[_place(_weight(site))], config, sorts_channels=in_order))
+            else:
+                configs[kind] = replace(config, static_amax=self._amax(site.name, config.hadamard), calibration="")
+        return replace(decision, configs=configs)
 
     def _amax(self, site: str, rotation: int) -> float:
         found = self.calibration.statistics_for(site)
@@ -73,16 +78,18 @@ class Resolver:
             )
         return amax
 
-    def _moments(self, readers: Sequence[Site], config: QuantConfig) -> str:
+    def _moments(self, readers: Sequence[Site], config: QuantConfig, *, sorts_channels: bool) -> str:
         """The key of the moments of all that one weight is multiplied with: a layer that is called twice has one weight."""
         names = list(dict.fromkeys(site.name for site in readers))
         found = [self.calibration.statistics_for(name) for name in names]
         distinct = list({id(statistics): statistics for statistics in found}.values())
         statistics = reduce(LayerStatistics.merged, distinct)
-        if statistics.moments is None and needs_all_moments(config):
+        if statistics.moments is None and needs_all_moments(config, sorts_channels=sorts_channels):
+            beside = " beside arc with reorder = true" if sorts_channels else ""
             raise MissingStatistics(
                 site=names[0],
-                found=f"{self.calibration.name} holds the moments of its input in blocks of 16 channels, and {config.describe()} needs all",
+                found=f"{self.calibration.name} holds the moments of its input in blocks of 16 channels, "
+                f"and {config.describe()}{beside} needs all",
                 advice='Calibrate with moments = "full", or for this policy: `fp4compile calibrate MODEL.py --policy POLICY.toml`.',
             )
         print_ = self.calibration.operands.get(names[0])
@@ -102,9 +109,9 @@ class Resolver:
                 check_weight(self.calibration, site.name, self.names[position], self.values.get(position))
 
 
-def needs_all_moments(config: QuantConfig) -> bool:
-    """Blocks of 16 channels are enough for scales, unless a rotation mixes more of them."""
-    return config.rounding is Rounding.GPTQ or (config.needs_moments and config.hadamard > 16)
+def needs_all_moments(config: QuantConfig, *, sorts_channels: bool) -> bool:
+    """Blocks of 16 channels are enough for scales, unless a rotation mixes more of them or `arc` makes blocks of others."""
+    return config.rounding is Rounding.GPTQ or (config.needs_moments and (config.hadamard > 16 or sorts_channels))
 
 
 def _weight(site: Site) -> Operand:

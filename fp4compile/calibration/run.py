@@ -61,7 +61,7 @@ def calibrate(
     policy: a preset, a TOML file or a parsed one, whose 4-bit layers are observed, and of each what it needs; without, all layers that
     can be 4-bit. Its calibration file need not exist: where `out` is not given, it is written.
     moments: "block" collects the 16x16 diagonal blocks of E[x x^T], which scale_rule = "local_hessian" needs; "full" all of it, (K, K)
-    float32 a value, which rounding = "gptq" needs. A policy that names them gets them either way.
+    float32 a value, which rounding = "gptq" needs, and "local_hessian" beside arc. A policy that names them gets them either way.
     out: the artefact. Every `save_every` batches the state is written beside it, and a killed run goes on from there unless `resume` is
     False.
 

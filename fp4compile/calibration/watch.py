@@ -142,7 +142,7 @@ def _wanted(nodes: Sequence[fx.Node]) -> Wanted:
         for config in (plan.lhs, plan.rhs):
             if config is None:
                 continue
-            moments |= needs_all_moments(config)
+            moments |= needs_all_moments(config, sorts_channels=plan.sorts_channels)
             if config.global_scale is GlobalScale.STATIC and config.static_amax is None and config.hadamard:
                 rotations.add(config.hadamard)
     return Wanted(moments=moments, rotations=tuple(sorted(rotations)))

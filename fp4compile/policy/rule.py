@@ -234,6 +234,7 @@ class Policy:
         return Decision(
             configs=configs, rule=source, reason=self._reason(site, rule, setting, training), dequantized=dequantized,
             outliers=self._outliers(site, setting, configs, source, training=training),
+            sorts_channels=OperandKind.ACTIVATION in configs and setting.sorts_channels,
         )  # fmt: skip
 
     def _outliers(

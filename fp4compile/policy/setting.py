@@ -118,6 +118,12 @@ class Setting:
     def is_empty(self) -> bool:
         return replace(self, origin="") == Setting()
 
+    @property
+    def sorts_channels(self) -> bool:
+        """Whether outliers of the activation, if there are any, are sorted one by one."""
+        arc = self.table(OperandKind.ACTIVATION).arc
+        return arc is not None and arc.rule is not None and arc.rule.reorder
+
 
 _QUANTIZED: Final = {Precision.HIGH: (), Precision.DEQUANTIZED: (), Precision.W4A16: (OperandKind.WEIGHT,)}
 

@@ -107,6 +107,34 @@ def test_a_policy_says_which_layers_and_what_of_them(tmp_path: Path):
     assert load_calibration(tmp_path / "made.pt").digest == found.digest  # written where the policy will look for it
 
 
+def test_a_policy_that_sorts_channels_gets_the_moments_of_all(tmp_path: Path):
+    """Blocks of 16 channels say nothing of scales once `arc` makes blocks of other channels."""
+    arc = {"channels": 16, "multiple": 16, "most": 0.5}
+    rules = [
+        {"match": "down_proj", "activation": {"arc": {**arc, "reorder": False}}},
+        {"match": "gate_proj", "activation": {"arc": False}},
+        {"match": "up_proj", "activation": {"arc": False}},
+        {"match": "o_proj", "precision": "w4a16"},
+        {"match": "out", "weight": {"scale_rule": "sweep"}},
+    ]
+    default = {"weight": {"scale_rule": "local_hessian"}, "activation": {"arc": arc}}
+    policy = {"version": 1, "extends": "nvfp4", "calibration": str(tmp_path / "made.pt"), "default": default, "rule": rules}
+    model, batches = llama(layers=1).eval(), token_batches(1)
+    found = calibrate(model, batches, policy=policy, progress=False)
+    assert {site for entry in found.entries if entry.moments is not None for site in entry.sites} == {f"blocks.0.{n}_proj" for n in "qkv"}
+
+    def compiled(policy: dict[str, Any]) -> Tensor:
+        torch._dynamo.reset()
+        with torch.no_grad():
+            return torch.compile(model, backend="fp4", options={"policy": policy, "strict": True})(batches[0])
+
+    got, exact = compiled(policy), model(batches[0])
+    assert (got - exact).norm() < 0.5 * exact.norm()
+    calibrate(model, batches, out=tmp_path / "blocks.pt", progress=False)
+    with pytest.raises(Exception, match=r"MissingStatistics: blocks\.0\.q_proj: .*nvfp4\+local_hessian beside arc with reorder = true needs all"):
+        compiled({**policy, "calibration": str(tmp_path / "blocks.pt")})
+
+
 class Killed(RuntimeError):
     pass
 
