@@ -72,7 +72,8 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """`forward(tokens, targets)`, both (batch, at most `sequence`) int64, is the mean cross entropy in nats a token.
+    """`forward(tokens, targets)`, both (batch, at most `sequence`) int64, is the mean cross entropy in nats a token; without targets, the
+    logits (batch, length, vocabulary).
 
     Parameters are float32, the master weights of the recipe; under autocast the matmuls read bfloat16 copies and the residual stream is
     bfloat16 too.
@@ -95,13 +96,15 @@ class Llama(nn.Module):
                 into_stream = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(parameter, std=std / (math.sqrt(2 * shape.layers) if into_stream else 1))
 
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         x = self.embed_tokens(tokens)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         for layer in self.layers:
             x = layer(x, self.rotation[:, : tokens.shape[1]])
         logits = self.lm_head(self.norm(x))
+        if targets is None:
+            return logits
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 

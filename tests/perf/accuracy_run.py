@@ -20,16 +20,19 @@ Scores = dict[str, dict[str, list[float]]]  # text -> measure -> one number a wi
 
 
 class Results:
-    """One JSON file, and a copy of it in a second folder. Refuses a file that was made under other settings."""
+    """One JSON file, and a copy of it in a second folder. Refuses a file that was made under other settings.
 
-    def __init__(self, path: Path, settings: dict[str, Any], copy_to: Path | None) -> None:
-        self.path, self.copy_to = path, copy_to
+    device: name of what measures. It is no setting: rows may be measured by several, and the file names them all.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any], copy_to: Path | None, device: str = "CPU") -> None:
+        self.path, self.copy_to, self.device = path, copy_to, device
         self.data: dict[str, Any] = {"settings": settings, "base": {}, "rows": {}}
         if path.exists():
             self.data = json.loads(path.read_text())
             if self.data["settings"] != settings:
                 raise SystemExit(
-                    f"{path} was made with {self.data['settings']}; this run has {settings}. Give another --json or delete it."
+                    f"{path} was made with {self.data['settings']}; this run has {settings}. Give another --work or delete it."
                 )
 
     def save(self) -> None:
@@ -39,6 +42,13 @@ class Results:
         partial.replace(self.path)
         if self.copy_to is not None:
             (self.copy_to / self.path.name).write_text(self.path.read_text())
+
+    def row(self, name: str) -> dict[str, Any]:
+        """What is known of a row, to be measured here."""
+        devices = self.data.setdefault("devices", [])
+        if self.device not in devices:
+            devices.append(self.device)
+        return self.data["rows"].setdefault(name, {"shifts": {}})
 
     def has(self, method: Method, shift: int) -> bool:
         return str(shift) in self.data["rows"].get(method.name, {}).get("shifts", {})
@@ -119,10 +129,14 @@ class Experiment:
     def _add(self, method: Method, shift: int, scores: Scores, kept: set[str], error: float, longer: float) -> None:
         sizes = {name: layer.exact.weight.numel() for name, layer in self.layers.items()}
         share = sum(sizes[name] for name in kept) / sum(sizes.values())
-        row = self.results.data["rows"].setdefault(method.name, {"shifts": {}})
+        row = self.results.row(method.name)
         row |= {"weight_error": error, "extra_k": longer, "kept": sorted(kept), "kept_flops": share}
         row["shifts"][str(shift)] = scores
         self.results.save()
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
 
 
 def _short(scores: Scores, base: Scores) -> str:

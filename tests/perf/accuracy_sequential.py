@@ -1,19 +1,19 @@
 """GPTQ block by block, each Linear fitted to what it will really read: inputs that went through 4 bits, behind blocks that are quantized.
 
 With x the input in high precision and y the same token's input in the quantized model, the weight that best turns y into W x is
-W E[x y^T] E[y y^T]^-1; that is rounded under E[y y^T] (the idea of GPTAQ, arXiv 2504.02692). A decoder of transformers is needed: its
-blocks are run one after another, on hidden states that are kept.
+W E[x y^T] E[y y^T]^-1; that is rounded under E[y y^T] (the idea of GPTAQ, arXiv 2504.02692). The blocks of a decoder are
+run one after another, on hidden states that are kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
 from accuracy_layers import Inputs, QuantizedLinear, Whole, quantize_inputs, rounded
 from accuracy_methods import Method
-from torch import Tensor
+from torch import Tensor, nn
 
 _DAMPING: Final = 0.01  # of the mean of the diagonal, as in GPTQ
 
@@ -24,7 +24,8 @@ class _Stop(Exception):
 
 @torch.no_grad()
 def sequential_weights(
-    model: Any,
+    blocks: Mapping[str, nn.Module],
+    run: Callable[[Tensor], object],
     layers: dict[str, QuantizedLinear],
     groups: Sequence[Sequence[str]],
     method: Method,
@@ -34,11 +35,11 @@ def sequential_weights(
     *,
     kept: set[str],
 ) -> dict[str, Tensor]:
-    """The values of all weights but those `kept`; `windows` are batches of calibration tokens."""
-    exact, call = _first_block_inputs(model, windows)
+    """The values of all weights but those `kept`. `windows` are batches of calibration tokens; `run` is the model of these `blocks`."""
+    exact, call = _first_block_inputs(next(iter(blocks.values())), run, windows)
     current, found = list(exact), dict[str, Tensor]()
-    for i, block in enumerate(model.model.layers):
-        names = [group for group in groups if group[0].startswith(f"model.layers.{i}.")]
+    for path, block in blocks.items():
+        names = [group for group in groups if group[0].startswith(f"{path}.")]
         own = {name: layers[name] for group in names for name in group}
         for layer in own.values():
             layer.restore()
@@ -59,27 +60,31 @@ def sequential_weights(
     return found | {name: layers[name].exact.weight.detach() for name in layers if name not in found}
 
 
-def _first_block_inputs(model: Any, windows: Sequence[Tensor]) -> tuple[list[Tensor], Callable[[Any, Tensor], Tensor]]:
+def _first_block_inputs(
+    first: nn.Module, run: Callable[[Tensor], object], windows: Sequence[Tensor]
+) -> tuple[list[Tensor], Callable[[Any, Tensor], Tensor]]:
     """Hidden states of each batch in front of the first block, and how a block is called on some."""
     hidden: list[Tensor] = []
+    others: list[Any] = []
     kwargs: dict[str, Any] = {}
 
     def hook(_: Any, args: tuple[Any, ...], given: dict[str, Any]) -> None:
         hidden.append(args[0] if args else given["hidden_states"])
+        others[:] = args[1:]
         kwargs.update({name: value for name, value in given.items() if name != "hidden_states"})
         raise _Stop
 
-    handle = model.model.layers[0].register_forward_pre_hook(hook, with_kwargs=True)
+    handle = first.register_forward_pre_hook(hook, with_kwargs=True)
     for batch in windows:
         assert batch.shape == windows[0].shape, "batches share their positions"
         try:
-            model.model(input_ids=batch, use_cache=False)
+            run(batch)
         except _Stop:
             continue
     handle.remove()
 
     def call(block: Any, h: Tensor) -> Tensor:
-        out = block(h, **kwargs)
+        out = block(h, *others, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
     return hidden, call
