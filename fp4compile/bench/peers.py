@@ -9,14 +9,17 @@ import importlib
 import importlib.util
 import multiprocessing
 import os
+import re
+import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, TimeoutError
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,7 +33,8 @@ from fp4compile.codegen.errors import Fp4CompileError
 from fp4compile.codegen.timing import Call, copies_for
 
 _GROUPS: Final = (128, 64, 32)  # of torch's int4, the first that divides K
-_PROBE_SECONDS: Final = 300
+_PROBE_SECONDS: Final = 120  # for its imports, compilers and searches; most need 10 to 40
+_FOLDERS: Final = re.compile(r"(?<![\w.:/])/(?:[^\s/'\"]+/)+")
 
 
 class PeerCannot(Fp4CompileError):
@@ -60,6 +64,7 @@ def failures() -> tuple[type[BaseException], ...]:
     """What a peer, or one of our kernels, may raise when it cannot: compilers, shapes, devices, versions."""
     triton = sys.modules.get("triton")  # not imported for its error alone
     known = (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError, AttributeError, LookupError, ImportError, OSError)
+    known = (*known, subprocess.SubprocessError)  # a compiler that is called
     return (*known, Fp4CompileError, *([triton.TritonError] if triton else []))
 
 
@@ -74,9 +79,14 @@ def noting_failure(name: str, failed: dict[str, str]) -> Iterator[None]:
 
 def describe(failure: BaseException) -> str:
     """First and last line of what it says: compilers begin with where and end with what."""
-    lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
+    lines = [line.strip() for line in without_folders(str(failure)).splitlines() if line.strip()]
     said = " ... ".join(dict.fromkeys((*lines[:1], *lines[-1:])))
     return f"{type(failure).__name__}: {said[:300]}" if said else type(failure).__name__
+
+
+def without_folders(text: str) -> str:
+    """`text` with the names of files alone: results are kept and shown, and the folders of a machine are nobody's."""
+    return _FOLDERS.sub("", text)
 
 
 def _bf16(case: MatmulCase, weights: Sequence[Tensor]) -> list[Callable[[Tensor], Any]]:
@@ -163,27 +173,38 @@ def probe(peer: Peer, case: MatmulCase, device: torch.device) -> str:
         return "not installed"
     with tempfile.TemporaryDirectory() as folder:
         said = Path(folder) / "stderr"
-        # Another process: a compiler's dump goes into the file, and its abort ends only that process.
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, mp_context=context, initializer=_redirect_stderr, initargs=(str(said),)) as pool:
-            future = pool.submit(_try_once, peer, case, str(device))
-            try:
-                return future.result(timeout=_PROBE_SECONDS)
-            except BrokenProcessPool:
-                return f"it ended the process in which it was tried{_last_words(said)}"
-            except TimeoutError:
-                for process in multiprocessing.active_children():
-                    process.terminate()
-                return f"no result after {_PROBE_SECONDS} seconds"
+        result, told = context.Pipe(duplex=False)
+        process = context.Process(target=_tell, args=(told, str(said), peer, case, str(device)))
+        process.start()
+        told.close()
+        try:
+            return result.recv() if result.poll(_PROBE_SECONDS) else f"no result after {_PROBE_SECONDS} seconds"
+        except EOFError:
+            return f"it ended the process in which it was tried{_last_words(said)}"
+        finally:
+            _end(process)
 
 
-def _redirect_stderr(file: str) -> None:
-    os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), 2)
+def _tell(told: Connection, said: str, peer: Peer, case: MatmulCase, device: str) -> None:
+    """What the other process runs: a compiler's dump goes into the file `said`, and its abort ends only that process."""
+    os.setsid()  # with all that it starts
+    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
+    told.send(_try_once(peer, case, device))
+
+
+def _end(process: BaseProcess) -> None:
+    """At once, with the compilers it started: some packages hang when they end."""
+    assert process.pid is not None
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+    process.join()
 
 
 def _last_words(said: Path) -> str:
     """The assertion or error among what a process wrote before it ended."""
-    lines = said.read_text(errors="replace").splitlines() if said.exists() else []
+    lines = without_folders(said.read_text(errors="replace")).splitlines() if said.exists() else []
     telling = [line for line in lines if "Assertion" in line] or [line for line in lines if "rror" in line]
     return f": {telling[0].strip()[-200:]}" if telling else ""
 

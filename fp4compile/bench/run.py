@@ -108,7 +108,8 @@ def run(request: Request, folder: Path | None) -> Results:
             bar.set_description(case.key)
             results.add(_measure(case, request, results))
             bar.update()
-    if folder is not None:
+            _write_pages(results, folder)  # every time, for a run may be cut off
+    if not open_cases:
         _write_pages(results, folder)
     return results
 
@@ -138,7 +139,9 @@ def _measure(case: Case, request: Request, results: Results) -> Row:
     return bench.quantize(case) if isinstance(case, QuantizeCase) else bench.matmul(case)
 
 
-def _write_pages(results: Results, folder: Path) -> None:
+def _write_pages(results: Results, folder: Path | None) -> None:
+    if folder is None:
+        return
     (folder / "bench.md").write_text(as_text(results, "github") + "\n")
     title = "Block-scaled FP4 products, times as fast as bf16"
     picture = plot.svg_of(results.rows.values(), title=title, subtitle=f"{results.environment}, {results.started[:10]}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 
 import torch
@@ -17,7 +18,12 @@ def aborting(case, weights):
 
 
 def hanging(case, weights):
-    time.sleep(60)
+    time.sleep(600)
+
+
+def lingering(case, weights):
+    threading.Thread(target=time.sleep, args=(600,)).start()  # no process ends before its threads
+    return working(case, weights)
 
 
 def refusing(case, weights):

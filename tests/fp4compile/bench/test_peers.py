@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import time
+
 import pytest
 import torch
 
@@ -68,6 +71,13 @@ def test_a_foreign_peer_that_hangs_is_given_up(monkeypatch) -> None:
     assert probe(foreign.peer(foreign.hanging), CASE, CPU) == "no result after 3 seconds"
 
 
+def test_a_foreign_peer_that_hangs_when_it_ends_is_ended() -> None:
+    start = time.monotonic()
+    assert probe(foreign.peer(foreign.lingering), CASE, CPU) == ""
+    assert time.monotonic() - start < 300, "its thread sleeps for 600 seconds"
+    assert not multiprocessing.active_children()
+
+
 def test_a_foreign_peer_that_works_gives_no_reason() -> None:
     assert probe(foreign.peer(foreign.working), CASE, CPU) == ""
 
@@ -78,6 +88,19 @@ def test_an_absent_package_is_named_without_starting_a_process() -> None:
 
 def test_torchs_own_peers_are_not_tried_apart() -> None:
     assert [probe(PEERS[name], CASE, CPU) for name in (BASELINE, "int4")] == ["", ""]
+
+
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [
+        ('File "/home/someone/site-packages/gemlite/core.py", line 3', 'File "core.py", line 3'),
+        ("error: /tmp/abc/main.c:1: no", "error: main.c:1: no"),
+        ("see https://github.com/triton-lang/triton/issues/9433", "see https://github.com/triton-lang/triton/issues/9433"),
+        ("../aten/src/ATen/x.cpp: 3 / 4 GB/s", "../aten/src/ATen/x.cpp: 3 / 4 GB/s"),
+    ],
+)
+def test_reasons_name_files_without_their_folders(said, kept) -> None:
+    assert describe(RuntimeError(said)) == f"RuntimeError: {kept}"
 
 
 def test_failures_are_noted_and_other_exceptions_pass() -> None:
