@@ -45,7 +45,8 @@ def plan_for(site: Site, decision: Decision, target: Target) -> tuple[Plan, bool
     """The plan, and whether the policy asked for 4 bits that this site cannot have."""
     untouched = Plan(lhs=None, rhs=None, rule=decision.rule, reason=decision.reason, dequantized=decision.dequantized)
     if not decision.configs:
-        return (untouched if not site.refusal else Plan(lhs=None, rhs=None, rule="", reason=site.refusal)), False
+        # Decoded values need no blocks along this contraction: what refuses to be quantized may still read them.
+        return (untouched if not site.refusal or decision.dequantized else Plan(lhs=None, rhs=None, rule="", reason=site.refusal)), False
     if site.refusal or site.lhs is None or site.rhs is None:
         wanted = site.role is not Role.MATMUL or site.lhs is not None  # attention's fused operator is no broken promise
         return Plan(lhs=None, rhs=None, rule=decision.rule, reason=site.refusal), wanted and not site.is_empty

@@ -12,5 +12,12 @@ class SiteFellBack(Fp4CompileError, RuntimeError):
     )
 
 
+class ForwardNotRead(Fp4CompileError, RuntimeError):
+    template = (
+        "strict: {site} ({role}) was to read what its forward multiplied with, by {rule}, but {reason}. "
+        'Give it source = "original" or precision = "high" in the policy, or drop options={{"strict": True}}.'
+    )
+
+
 class GraphInvalid(Fp4CompileError, RuntimeError):
     template = "after {stage}: {found} at {node}. This is a bug in fp4compile: please report it with the dump of this graph."

@@ -223,10 +223,14 @@ def _with_depth(sites: Mapping[fx.Node, Site]) -> dict[fx.Node, Site]:
     weighted = [node for node, site in sites.items() if site.role is Role.FPROP]
     layers = [node for node in weighted if _NO_LAYER.isdisjoint(sites[node].traits)]
     depth = {node: i for i, node in enumerate(layers)}
-    forward_of_seq = {node.meta["seq_nr"]: node for node in weighted if "seq_nr" in node.meta}
+    forward_of_seq: dict[int, list[fx.Node]] = {}
+    for node in weighted:
+        forward_of_seq.setdefault(node.meta.get("seq_nr", -1), []).append(node)
     numbered: dict[fx.Node, Site] = {}
     for node, site in sites.items():
-        forward = node if site.role is Role.FPROP else forward_of_seq.get(node.meta.get("seq_nr"))
+        own = [node] if site.role is Role.FPROP else forward_of_seq.get(node.meta.get("seq_nr", -1), [])
+        # An autograd function gives one number to all its products.
+        forward = next((n for n in own if _share_operand(site, sites[n])), own[0] if own else None)
         if site.role is Role.MATMUL or forward is None:
             numbered[node] = replace(site, layers=len(layers))
             continue
@@ -236,6 +240,11 @@ def _with_depth(sites: Mapping[fx.Node, Site]) -> dict[fx.Node, Site]:
             site, depth=depth.get(forward, NO_DEPTH), layers=len(layers), module=origin.module, class_name=origin.class_name, traits=traits
         )
     return numbered
+
+
+def _share_operand(one: Site, other: Site) -> bool:
+    sources = {operand.source for operand in (other.lhs, other.rhs) if operand is not None}
+    return any(operand is not None and operand.source in sources for operand in (one.lhs, one.rhs))
 
 
 def _with_unique_names(sites: Mapping[fx.Node, Site]) -> dict[fx.Node, Site]:

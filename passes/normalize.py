@@ -2,6 +2,8 @@
 
 addmm(c, a, b, beta=2, alpha=3)  ->  3 * mm(a, b) + 2 * c          (a plain addmm with a vector bias stays)
 view(x, s), view(x, s)           ->  view(x, s)                    (views, permutes and casts of one value are one node)
+
+What depends on a gradient is marked as backward: Dynamo leaves the mark out where it traced an autograd function of the model's own.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fp4compile.passes.base import Pass, PassContext, PassResult
 from fp4compile.passes.insert import call
+from fp4compile.passes.match import computed_from_gradients
 from fp4compile.passes.site import fake_of, is_backward
 
 aten = torch.ops.aten
@@ -41,9 +44,18 @@ class Normalize(Pass):
     name: ClassVar[str] = "normalize"
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
+        marked = _mark_backward(gm.graph)
         split = sum(_split_sum(node) for node in list(gm.graph.nodes))
         merged = merge_equal(gm.graph, _VIEW_LIKE)
-        return PassResult(changed=split + merged, notes=(f"{split} sums split from their matmul", f"{merged} repeated views merged"))
+        notes = (f"{split} sums split from their matmul", f"{merged} repeated views merged")
+        return PassResult(changed=marked + split + merged, notes=(*notes, f"{marked} nodes marked as backward") if marked else notes)
+
+
+def _mark_backward(graph: fx.Graph) -> int:
+    unmarked = [n for n in computed_from_gradients(graph) if n.op == "call_function" and "partitioner_tag" not in n.meta]
+    for node in unmarked:
+        node.meta["partitioner_tag"] = "is_backward"
+    return len(unmarked)
 
 
 def _split_sum(node: fx.Node) -> int:

@@ -23,7 +23,7 @@ class SiteDecision:
     bytes_before: int = 0  # of the weight in its own dtype; 0 without a weight
     bytes_after: int = 0  # of its codes, scales and global scale
     extra_k: int = 0  # channels of K that are quantized twice, so that the product is over k + extra_k
-    fallback: bool = False  # True where the policy asked for 4 bits and the site could not be given them
+    fallback: bool = False  # True where the site could not follow the policy: given no 4 bits, or other values than the forward's
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ class Coverage:
     sites: int
     quantized: int
     kept: int  # left alone as the policy says
-    fallen_back: int  # the policy asked for 4 bits and could not have them
+    fallen_back: int  # could not follow the policy; those of `quantized` among them read other values than it says
     flops_share: float | None  # of the operations of matmuls with known sizes
     weight_share: float | None  # of the bytes of matmul weights, before
     bytes_before: int  # of matmul weights in their own dtype
@@ -45,10 +45,11 @@ def coverage_of(graphs: Iterable[GraphRecord]) -> Coverage:
     before = sum(row.bytes_before for row in weights.values())
     in_four_bits = sum(row.bytes_before for row in weights.values() if is_quantized(row))
     quantized, fallen = sum(map(is_quantized, rows)), sum(row.fallback for row in rows)
+    kept = sum(not is_quantized(row) and not row.fallback for row in rows)
     return Coverage(
         sites=len(rows),
         quantized=quantized,
-        kept=len(rows) - quantized - fallen,
+        kept=kept,
         fallen_back=fallen,
         flops_share=_flops_share(rows, is_quantized),
         weight_share=in_four_bits / before if before else None,

@@ -34,7 +34,7 @@ class Report:
 
     @property
     def fallbacks(self) -> tuple[Fallback, ...]:
-        """Matmuls for which the policy asked for 4 bits in vain, grouped by reason."""
+        """Matmuls that could not follow the policy, grouped by reason."""
         return fallbacks_of(self.graphs)
 
     def to_table(self, *, folded: bool = True) -> str:

@@ -10,6 +10,7 @@ from torch import nn
 from fp4compile.passes.find_matmuls import FindMatmuls
 from fp4compile.passes.normalize import Normalize
 from tests.passes.harness import SharedInput, TwoLayers, apply, check_golden
+from tests.passes.own_backward import Traced, TwoWeights
 
 FIND = [FindMatmuls()]
 
@@ -335,3 +336,11 @@ def test_a_head_is_known_from_the_vocabulary_or_from_the_loss_and_is_no_layer() 
             return F.cross_entropy(self.inner(ids), target)
 
     assert traits_by_depth(WithLoss(), ids, ids % 7)[-1] == ("inner.last", True, -1)
+
+
+@pytest.mark.parametrize("layer", [TwoWeights, Traced])
+def test_products_of_an_autograd_function_have_the_roles_and_names_of_their_own_weights(layer: type[nn.Module]) -> None:
+    got = sites(layer(), torch.randn(2, 16, 32, requires_grad=True), training=True)
+    assert sorted((site.name, str(site.role)) for site in got.sites) == [
+        (f"weights.{i}", role) for i in range(2) for role in ("dgrad", "fprop", "wgrad")
+    ]

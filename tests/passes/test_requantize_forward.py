@@ -14,6 +14,7 @@ from fp4compile.passes.share_quantize import ShareQuantize
 from fp4compile.passes.site import Decision, OperandKind, Role, Site
 from tests.passes.harness import Decide, apply, check_golden, decide_training
 from tests.passes.linear_ref import SETUP
+from tests.passes.own_backward import Expanded, Flattened
 
 PLAIN, OF_FORWARD = QuantConfig(), QuantConfig(source="forward")  # type: ignore[arg-type]
 ROTATED = QuantConfig(hadamard=16)
@@ -60,3 +61,30 @@ def test_nothing_to_do_where_no_plan_asks() -> None:
 def test_a_rotated_forward_is_refused() -> None:
     with pytest.raises(Exception, match="rotated operand, which the backward does not multiply with"):
         apply(nn.Linear(48, 64), X, setup=SETUP, passes=[RequantizeForward()], decide=asking(ROTATED), training=True)
+
+
+B = torch.randn(2, 16, 32, requires_grad=True)
+PASSES = [RequantizeForward(), InsertQuantize(), ShareQuantize()]
+
+
+def test_a_backward_that_flattens_what_the_forward_batched_reads_a_view_of_its_codes(accept: bool) -> None:
+    got = apply(Flattened(), B, setup=SETUP, passes=PASSES, decide=asking(PLAIN), training=True)
+    check_golden("requantize_forward/flattened", got.before, got.after, accept)
+    assert got.changed[0] == 2 and got.changed_again == [0, 0, 0] and got.count(ops.DEQUANTIZE) == 2
+    assert got.record is not None and not any(row.fallback for row in got.record.sites)
+
+
+def test_what_no_forward_product_reads_is_reported_with_the_reason() -> None:
+    got = apply(Expanded(), B, setup=SETUP, passes=PASSES, decide=asking(PLAIN), training=True)
+    assert got.record is not None and got.changed[0] == 1 and got.changed_again == [0, 0, 0]
+    fallen = [row for row in got.record.sites if row.fallback]
+    assert [(row.role, row.precision) for row in fallen] == [("dgrad", "nvfp4 W4A4")]
+    assert fallen[0].reason == (
+        "reads an operand as it is, not as the forward multiplied with it: "
+        "no matmul of its forward reads this weight (48x32) in the same order"
+    )
+
+
+def test_strict_refuses_it() -> None:
+    with pytest.raises(Exception, match=r"ForwardNotRead: strict: .* \(dgrad\) was to read what its forward multiplied with, by test rule"):
+        apply(Expanded(), B, setup=SETUP, passes=PASSES, decide=asking(PLAIN), training=True, strict=True)
