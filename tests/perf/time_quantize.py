@@ -1,9 +1,10 @@
 """The quantize kernels on the GPU at hand: every bit against the reference, then timed beside the bytes that must move.
 
-Run `python tests/perf/time_quantize.py FOLDER [--quick] [--sweep]`; no installation is needed. `--quick` checks the timed settings only,
-`--sweep` times tiles beside the chosen ones. Times are medians from CUDA graphs over rotating copies larger than L2; the floor is the
-bytes at the bandwidth of `x.clone()` in the same run. What a tensor's own scale needs is counted as a second reading of x. Results go to
-FOLDER/quantize.json.
+Run `python tests/perf/time_quantize.py FOLDER [--table] [--quick] [--sweep]`; no installation is needed. Compiling takes longest, some 700
+kernels in full, so as many processes as there are cores do it. `--table` checks and times what the table of `docs/quantize.md` shows and no
+more, in about a minute; `--quick` checks the timed settings only, `--sweep` times tiles beside the chosen ones. Times are medians from CUDA
+graphs over rotating copies larger than L2; the floor is the bytes at the bandwidth of `x.clone()` in the same run. What a tensor's own scale
+needs is counted as a second reading of x. Results go to FOLDER/quantize.json.
 """
 
 # ruff: noqa: T201 (a script prints)
@@ -99,14 +100,26 @@ def reference(x: Tensor, axis: int, options: dict[str, Any], seed: Tensor, layou
     return *lay_out_ref(codes, scales, layout), decode
 
 
-def checks(quick: bool) -> Iterator[tuple[str, Callable[[], tuple[int, str]]]]:
+def shapes(given: argparse.Namespace) -> list[tuple[int, int]]:
+    return SHAPES[:1] if given.table else SHAPES
+
+
+def timed_settings(rows: int) -> tuple[str, ...]:
+    return tuple(SETTINGS) if rows >= 1024 else SMALL
+
+
+def checks(given: argparse.Namespace) -> Iterator[tuple[str, Callable[[], tuple[int, str]]]]:
     """(name, what returns how many elements it compared and what differed)."""
+    if given.table:
+        for name in SETTINGS:
+            yield f"{name} plain 512x2048", functools.partial(check_setting, name, "plain", 512, 2048)
+        return
     for name, layout, (rows, columns) in itertools.product(SETTINGS, ("plain", "swizzled"), ((512, 2048), (1000, 1040))):
         if layout == "plain" or name in ("tensor", "row", "axis -2", "both", "mxfp4"):
             yield f"{name} {layout} {rows}x{columns}", functools.partial(check_setting, name, layout, rows, columns)
     for rows, name in itertools.product((1, 3, 16, 64), SMALL):
         yield f"{name} {rows}x4096", functools.partial(check_setting, name, "plain", rows, 4096)
-    if quick:
+    if given.quick:
         return
     for i, options in enumerate(all_quantizations()):
         for (rows, columns), axis in itertools.product(((512, 2048), (509, 1037)), (-1, -2)):
@@ -183,9 +196,15 @@ def use_chosen() -> None:
 
 
 def work(part: int, parts: int, given: argparse.Namespace) -> None:
-    """Compile and check what is numbered `part` modulo `parts`; compile the sweep's kernels."""
-    compared, failures = 0, []
-    for name, check in list(checks(given.quick))[part::parts]:
+    """Compile what is numbered `part` modulo `parts` of what will be timed, and compile and check as much; compile the sweep's kernels."""
+    compared, failures, seed = 0, [], torch.tensor(1, device="cuda")
+    later = [(name, *shape) for shape in shapes(given) for name in timed_settings(shape[0])]
+    for name, rows, columns in later[part::parts]:
+        try:
+            call(name, torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16), seed)()
+        except FAILURES as error:
+            failures.append(f"{name} {rows}x{columns}: {type(error).__name__}: {str(error)[:400]}")
+    for name, check in list(checks(given))[parts - 1 - part :: parts]:  # from the other end, for the last parts had one less
         try:
             count, failure = check()
         except FAILURES as error:
@@ -195,7 +214,7 @@ def work(part: int, parts: int, given: argparse.Namespace) -> None:
             failures.append(f"{name}: {failure[:400]}")
             print("WRONG", failures[-1], flush=True)
     if given.sweep:
-        x, seed = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16), torch.tensor(1, device="cuda")
+        x = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
         todo = [(name, v) for name in SETTINGS for v in variants(name) if SETTINGS[name][0] is None or v[2] == 8]
         for name, variant in todo[part::parts]:
             use(name, variant)
@@ -239,7 +258,7 @@ def time_shape(rows: int, columns: int, bandwidth: float, sweep: bool) -> Iterat
     xs = [torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
     seed = torch.tensor(1, device="cuda")
     big = rows >= 1024
-    for name in SETTINGS if big else SMALL:
+    for name in timed_settings(rows):
         use_chosen()
         floor = floor_bytes(name, rows * columns) / bandwidth
         best = microseconds([call(name, x, seed) for x in xs], GPU, FULL)
@@ -266,6 +285,7 @@ def time_shape(rows: int, columns: int, bandwidth: float, sweep: bool) -> Iterat
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--table", action="store_true")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--part", type=int, nargs=2, help="used by the script itself")
@@ -283,7 +303,7 @@ def main() -> int:
     device = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
     print(f"{device}, copy {bandwidth / 1e6:.2f} TB/s\n{'':<26}{'us':>9}{'floor':>9}")
     rows: list[dict[str, Any]] = []
-    for shape in SHAPES:
+    for shape in shapes(given):
         for row in time_shape(*shape, bandwidth, given.sweep):
             rows.append(row)
             text = device | {"bandwidth": bandwidth, "compared": compared, "failures": failures, "rows": rows}
