@@ -3,8 +3,8 @@
 Run `python tests/perf/time_quantize.py FOLDER [--table] [--quick] [--sweep]`; no installation is needed. Compiling takes longest, some 700
 kernels in full, so as many processes as there are cores do it. `--table` checks and times what the table of `docs/quantize.md` shows and no
 more, in about a minute; `--quick` checks the timed settings only, `--sweep` times tiles beside the chosen ones. Times are medians from CUDA
-graphs over rotating copies larger than L2; the floor is the bytes at the bandwidth of `x.clone()` in the same run. What a tensor's own scale
-needs is counted as a second reading of x. Results go to FOLDER/quantize.json.
+graphs over rotating copies larger than L2; the floor is the bytes at the bandwidth of `x.clone()` in the same run. What a tensor's own
+scale needs is counted as a second reading of x. Results go to FOLDER/quantize.json.
 """
 
 # ruff: noqa: T201 (a script prints)
