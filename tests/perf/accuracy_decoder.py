@@ -93,7 +93,7 @@ def measure(decoder: Decoder, results: Results, args: argparse.Namespace, starte
     print(f"{time.monotonic() - started:.0f} s to begin with", flush=True)
     rows = [row for row in wanted_rows(args.only) if not (args.no_sequential and row.weight.sequential)]
     # What may fail or takes long comes last: rows that keep something need the sensitivity.
-    order = {row.name: (bool(row.keep), row.weight.sequential, "gptq" in row.weight.calibrated) for row in rows}
+    order = {row.name: (row.weight.sequential, bool(row.keep), "gptq" in row.weight.calibrated) for row in rows}
     parts = [[row for row in rows if order[row.name] == rank] for rank in sorted(set(order.values()))]
     done = all(experiment.run(part, args.shifts) for part in parts)
     print("all is done" if done else "to be continued: run the same command again", f"{time.monotonic() - started:.0f} s", flush=True)

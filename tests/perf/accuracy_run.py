@@ -41,6 +41,7 @@ class Results:
         partial.write_text(json.dumps(self.data) + "\n")
         partial.replace(self.path)
         if self.copy_to is not None:
+            self.copy_to.mkdir(parents=True, exist_ok=True)
             (self.copy_to / self.path.name).write_text(self.path.read_text())
 
     def row(self, name: str) -> dict[str, Any]:
