@@ -1,4 +1,4 @@
-"""Host side of `dequantize`."""
+"""Host side of `dequantize` and `dequantize_words`: decoding codes, and laying a weight's codes out in tiles."""
 
 from __future__ import annotations
 

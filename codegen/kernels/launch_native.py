@@ -130,7 +130,10 @@ def scaled_mm(
     processors: int = 0,
     chosen: Plan | None = None,
 ) -> Tensor:
-    """`fp4::scaled_mm` of what `serves` accepts, on a device of `capability` with `processors` SMs; `chosen` overrides what `plan` says."""
+    """`fp4::scaled_mm` of what `serves` accepts, on a device of `capability` with `processors` SMs, 0 for as many as its generation has.
+
+    `chosen` overrides what a search has found and what `plan` says.
+    """
     architecture = architecture_of(capability)
     assert architecture is not None, "ask `serves` first"
     out = a.new_empty((*a.shape[:-1], b.shape[-2]), dtype=out_dtype)
