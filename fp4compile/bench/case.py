@@ -9,6 +9,8 @@ from typing import Any, ClassVar, Final
 from fp4compile.codegen.formats import GlobalScale, QuantConfig
 
 ACTIVATIONS: Final = ("bf16", "fp4")
+PHASES: Final = ("decode", "prefill")
+MODES: Final = ("default", "reduce-overhead")  # of torch.compile
 Shape = tuple[int, int]  # N x K of a weight, rows x columns of a tensor to quantize
 
 
@@ -160,11 +162,14 @@ def quantize_cases(shapes: Sequence[Shape], formats: Sequence[str]) -> list[Quan
     return [case for case in every if case.config.format in formats]
 
 
-def layer_cases(model: str, policies: Sequence[str], modes: Sequence[str], prefill: int, context: int, layers: int) -> list[LayerCase]:
-    """The baseline, policy "", comes first of each phase and mode: what follows is compared with it."""
+def layer_cases(
+    model: str, policies: Sequence[str], modes: Sequence[str], phases: Sequence[str], prefill: int, context: int, layers: int
+) -> list[LayerCase]:
+    """The baseline, policy "bf16", comes first of each phase and mode: what follows is compared with it."""
     return [
         LayerCase(model=model, phase=phase, policy=policy, mode=mode, tokens=tokens, context=old, layers=layers)
         for phase, tokens, old in (("decode", 1, context), ("prefill", prefill, 0))
+        if phase in phases
         for mode in modes
         for policy in ("bf16", *policies)
     ]

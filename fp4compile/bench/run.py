@@ -11,7 +11,19 @@ import torch
 from tqdm import tqdm
 
 from fp4compile.bench import plot
-from fp4compile.bench.case import ACTIVATIONS, Case, LayerCase, MatmulCase, QuantizeCase, Shape, layer_cases, matmul_cases, quantize_cases
+from fp4compile.bench.case import (
+    ACTIVATIONS,
+    MODES,
+    PHASES,
+    Case,
+    LayerCase,
+    MatmulCase,
+    QuantizeCase,
+    Shape,
+    layer_cases,
+    matmul_cases,
+    quantize_cases,
+)
 from fp4compile.bench.environment import Environment, clocks, now
 from fp4compile.bench.floor import measure_speeds
 from fp4compile.bench.layer import POLICIES, measure_layer
@@ -21,8 +33,6 @@ from fp4compile.bench.results import Results, Row
 from fp4compile.bench.table import as_text
 from fp4compile.codegen.formats import FORMATS
 from fp4compile.codegen.timing import FULL, QUICK, Effort
-
-MODES: Final = ("default", "reduce-overhead")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +99,8 @@ class Request:
             cases += matmul_cases(shapes, args.rows or given.tokens, formats, activations, groups)
         if args.what in ("all", "layer"):
             model, layers = args.model or given.model, args.layers or given.layers
-            cases += layer_cases(model, tuple(POLICIES), MODES, given.prefill, given.context, layers)
+            policies, modes, phases = args.policy or tuple(POLICIES), args.mode or MODES, args.phase or PHASES
+            cases += layer_cases(model, policies, modes, phases, given.prefill, given.context, layers)
         peers = tuple(dict.fromkeys((BASELINE, *(args.peers if args.peers is not None else PEERS))))
         return cls(device=device, effort=QUICK if args.quick else FULL, quick=args.quick, peers=peers, cases=tuple(cases))
 

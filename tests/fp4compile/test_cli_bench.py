@@ -10,7 +10,7 @@ import torch
 
 from fp4compile.bench import measure
 from fp4compile.bench import run as bench_run
-from fp4compile.cli import main
+from fp4compile.cli import build_parser, main
 from fp4compile.codegen import ops
 
 SMALL = ["bench", "matmul", "--device", "cpu", "--quick", "--shapes", "64x32", "--peers", "none", "--activation", "bf16"]
@@ -171,6 +171,17 @@ def test_a_peer_that_cannot_is_listed_with_its_reason(folder, capsys) -> None:
     row = stored(folder)["rows"][0]
     assert row["failed"] == {"int4": "PeerCannot: K=48 is no multiple of 32, the smallest of its groups", "gemlite": "not installed"}
     assert "gemlite, 1 case: not installed" in capsys.readouterr().out
+
+
+def test_layers_are_chosen_by_phase_mode_and_policy() -> None:
+    given = ["bench", "layer", "--device", "cpu", "--phase", "decode", "--mode", "reduce-overhead", "--policy", "nvfp4_a16"]
+    chosen = bench_run.Request.of(build_parser().parse_args(given)).cases
+    assert [(case.phase, case.mode, case.policy) for case in chosen] == [
+        ("decode", "reduce-overhead", "bf16"),
+        ("decode", "reduce-overhead", "nvfp4_a16"),
+    ]
+    every = bench_run.Request.of(build_parser().parse_args(given[:4])).cases
+    assert len({case.key for case in every}) == 12 and set(chosen) < set(every)
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def test_a_layer_that_raises_becomes_a_row_with_the_reason(monkeypatch) -> None:
 
 
 def test_the_baseline_comes_before_what_is_compared_with_it() -> None:
-    cases = layer_cases("tiny", ["nvfp4"], ["default", "reduce-overhead"], prefill=16, context=8, layers=2)
+    cases = layer_cases("tiny", ["nvfp4"], ["default", "reduce-overhead"], ["decode", "prefill"], prefill=16, context=8, layers=2)
     assert [c.policy for c in cases] == ["bf16", "nvfp4"] * 4
-    more = layer_cases("tiny", ["nvfp4"], ["default", "reduce-overhead"], prefill=16, context=8, layers=3)
+    more = layer_cases("tiny", ["nvfp4"], ["default", "reduce-overhead"], ["decode", "prefill"], prefill=16, context=8, layers=3)
     assert len({c.key for c in (*cases, *more)}) == 16
