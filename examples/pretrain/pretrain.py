@@ -75,6 +75,7 @@ class Schedule:
     """When to stop, save and look; none of it changes a number."""
 
     deadline: float  # of time.monotonic()
+    log_every: int
     save_every: int
     evaluate_every: int
     heldout: int  # held-out tokens of an evaluation
@@ -83,17 +84,32 @@ class Schedule:
 
 
 class Log:
-    """OUT/RECIPE/log.jsonl, one object a line. Resuming drops the lines that the resumed run will write again."""
+    """OUT/RECIPE/log.jsonl, one object a line. Resuming drops the lines that the resumed run will write again.
+
+    Steps are written some at a time: reading a loss waits for the GPU, which then waits for the host to begin the next step.
+    """
 
     def __init__(self, path: Path, step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         path.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
         self.path = path
+        self.steps: list[dict[str, Any]] = []  # done, not yet written; losses and norms are tensors
+        self.since = time.perf_counter()
 
     def write(self, **row: Any) -> None:
         with self.path.open("a") as stream:
             stream.write(json.dumps(row) + "\n")
+
+    def write_steps(self, tokens: int) -> str:
+        """All steps that are waiting, of `tokens` each. Returns the last one's loss and the speed, in words."""
+        numbers = torch.stack([torch.stack([row["loss"], row["norm"]]) for row in self.steps]).tolist()
+        now = time.perf_counter()
+        speed, self.since = tokens * len(self.steps) / (now - self.since), now
+        for row, (loss, norm) in zip(self.steps, numbers, strict=True):
+            self.write(**row | {"loss": loss, "norm": norm, "speed": speed})
+        self.steps.clear()
+        return f"loss {numbers[-1][0]:.3f}, {speed:,.0f} tokens/s"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,19 +145,19 @@ def train(settings: Settings, recipe: Recipe, schedule: Schedule, place: Place, 
     log = Log(out / "log.jsonl", first)
     bar = tqdm(range(first, settings.steps), initial=first, total=settings.steps, desc=out.name)
     for step in bar:
-        start = time.perf_counter()
         loss, norm = _step(run, optimizer, windows, settings, step, device)
         done, tokens = step + 1, settings.tokens_at(step + 1)
-        speed = settings.tokens_at(1) / (time.perf_counter() - start)
-        bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
-        log.write(step=done, tokens=tokens, loss=loss, norm=norm, rate=settings.rate_at(step), speed=speed)
+        log.steps.append({"step": done, "tokens": tokens, "loss": loss, "norm": norm, "rate": settings.rate_at(step)})
         late, last = time.monotonic() > schedule.deadline, done == settings.steps
-        if last or done % schedule.evaluate_every == 0:
+        looks, saves = last or done % schedule.evaluate_every == 0, late or last or done % schedule.save_every == 0
+        if looks or saves or len(log.steps) == schedule.log_every:
+            bar.set_postfix_str(log.write_steps(settings.tokens_at(1)))
+        if looks:
             log.write(step=done, tokens=tokens, heldout=_heldout(run, heldout, settings, schedule, device))
         if look and (last or done % schedule.diagnose_every == 0):
             batch = windows.batch(done * settings.batch, settings.micro_batch, device)
             look(lambda watched, batch=batch: _loss(watched, batch, device).backward()).write(out / "diagnosis", name=f"step_{done:06}")
-        if late or last or done % schedule.save_every == 0:
+        if saves:
             checkpoint.save(place.saved, model, optimizer, done)
         if done in schedule.keep:
             checkpoint.save(place.kept(done), model, optimizer, done)
@@ -158,8 +174,10 @@ def _adamw(model: nn.Module, settings: Settings, device: str) -> torch.optim.Opt
     return torch.optim.AdamW(groups, lr=settings.rate, betas=(0.9, 0.95), fused=device != "cpu")
 
 
-def _step(run: Any, optimizer: torch.optim.Optimizer, windows: Windows, settings: Settings, step: int, device: str) -> tuple[float, float]:
-    """One optimizer step. Returns the mean loss in nats a token and the norm of the gradient before clipping."""
+def _step(
+    run: Any, optimizer: torch.optim.Optimizer, windows: Windows, settings: Settings, step: int, device: str
+) -> tuple[Tensor, Tensor]:
+    """One optimizer step. Returns the mean loss in nats a token and the norm of the gradient before clipping, both ()."""
     for group in optimizer.param_groups:
         group["lr"] = settings.rate_at(step)
     total = torch.zeros((), device=device)
@@ -172,7 +190,7 @@ def _step(run: Any, optimizer: torch.optim.Optimizer, windows: Windows, settings
     norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()
     optimizer.zero_grad()
-    return total.item(), norm.item()
+    return total, norm
 
 
 def _loss(run: Any, batch: Batch, device: str) -> Tensor:
@@ -213,6 +231,7 @@ def main(argv: Sequence[str] | None = None) -> str:
             continue
         schedule = Schedule(
             deadline=deadline,
+            log_every=args.log_every,
             save_every=args.save_every,
             evaluate_every=args.evaluate_every or max(settings.steps // 10, 1),
             heldout=_count(args.heldout_tokens),
@@ -244,6 +263,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=float, default=0.05, help="share of the steps")
     parser.add_argument("--decay", choices=("cosine", "wsd"), default="cosine")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--log-every", type=int, default=10, help="steps that are written together; their losses are read at once")
     parser.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
     parser.add_argument("--keep", type=int, nargs="+", default=[], help="steps whose checkpoints stay, as checkpoint_STEP.pt")
     parser.add_argument("--begin-from", type=Path, help="a checkpoint that --keep left: what its run did until then is not done again")

@@ -83,7 +83,7 @@ def test_a_killed_run_goes_on_bit_for_bit(text: Path, tmp_path: Path, monkeypatc
     """The policy switches at the eighth step: what is restored includes the place in its schedule."""
     import token_windows
 
-    arguments = ("--recipe", "late_switch", "--tokens", "2304", "--save-every", "4", "--evaluate-every", "3")
+    arguments = ("--recipe", "late_switch", "--tokens", "2304", "--save-every", "4", "--evaluate-every", "3", "--log-every", "2")
     run(text, tmp_path / "whole", *arguments)
     fetch = token_windows.Windows.batch
 
