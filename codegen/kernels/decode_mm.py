@@ -20,7 +20,7 @@ from fp4compile.codegen import tuning
 from fp4compile.codegen.errors import UnsupportedDtype
 from fp4compile.codegen.formats import Layout, round_up
 from fp4compile.codegen.kernels.hopper_tiles import HALF_TILES, HalfTile, HopperTile, RegisterTile, choose_register_tile, gluon_launcher
-from fp4compile.codegen.kernels.kernel_call import on_device
+from fp4compile.codegen.kernels.kernel_call import KernelCall, kinds_of, on_device
 from fp4compile.codegen.kernels.launch_dequantize import dequantize, dequantize_tiled, tile_on_device
 from fp4compile.codegen.kernels.narrow_decode_mm import narrow_decode_mm_kernel
 from fp4compile.codegen.kernels.wide_decode_mm import pair_columns_kernel, wide_decode_mm_kernel
@@ -31,8 +31,7 @@ from fp4compile.codegen.tuning import TuningKey
 _MOST_ROWS: Final = 128  # of the wide kernel
 _MOST_TERMS: Final = 384  # rows that float32 rows may become; past that, float32 arithmetic itself costs no more
 _HALVES: Final = (torch.bfloat16, torch.float16)
-# Rows of x on sm_90 from which a weight is dequantized once, into memory: a tiled one, and one that would have to be tiled first.
-_DEQUANTIZED_FROM: Final = 1 << 30
+# Rows of x on sm_90 from which a weight that would have to be tiled first is dequantized once, into memory.
 _PLAIN_DEQUANTIZED_FROM: Final = 256
 
 
@@ -192,41 +191,55 @@ def _launch(
             gluon_launcher("launch_register").multiply_register(x, codes, scales, *epilogue.arguments(), out, tile)
             return out
         launch = _launch_narrow if isinstance(tile, NarrowTile) else _launch_wide
-        options = tile.options(padded_k)
-        options |= {"TILED": tiled, "FP16": x.dtype is torch.float16, "PDL": early, "PTX": x.is_cuda}
-        launch(x, codes, scales, epilogue, out, padded_k, tile, options, {"launch_pdl": True} if early else {})  # type: ignore[arg-type]
+        launch(x, codes, scales, epilogue, out, padded_k, tile, early)  # type: ignore[arg-type]
     return out
 
 
+def _options(tile: NarrowTile | WideTile, padded_k: int, tiled: bool, fp16: bool, early: bool, on_gpu: bool) -> dict[str, Any]:
+    pdl = {"launch_pdl": True} if early else {}
+    return tile.options(padded_k) | {"TILED": tiled, "FP16": fp16, "PDL": early, "PTX": on_gpu} | pdl
+
+
+@functools.lru_cache(maxsize=4096)
+def _narrow_call(
+    tile: NarrowTile, m: int, n: int, padded_k: int, strides: tuple[int, int], tiled: bool, fp16: bool, early: bool, device: torch.device,
+    kinds: tuple[object, ...],
+) -> KernelCall:  # fmt: skip
+    """The kernel on tensors of `kinds`: x, codes, scales, both global scales, bias, out."""
+    return KernelCall(
+        narrow_decode_mm_kernel, (-(-n // (16 * tile.row_tiles * tile.warps_r)), -(-m // (8 * tile.column_tiles))),
+        _options(tile, padded_k, tiled, fp16, early, device.type == "cuda"),
+        m=m, n=n, padded_k=padded_k, a_global_stride=strides[0], b_global_stride=strides[1],
+    )  # fmt: skip
+
+
 def _launch_narrow(
-    x: Tensor, codes: Tensor, scales: Tensor, epilogue: Epilogue, out: Tensor, padded_k: int, tile: NarrowTile,
-    options: dict[str, Any], pdl: dict[str, bool],
-) -> None:  # fmt: skip
+    x: Tensor, codes: Tensor, scales: Tensor, epilogue: Epilogue, out: Tensor, padded_k: int, tile: NarrowTile, early: bool
+) -> None:
     m, n = out.shape
     if x.shape[1] != padded_k or not x.is_contiguous():
         x = F.pad(x, (0, padded_k - x.shape[1])).contiguous()
     if x.data_ptr() % 16:
         x = x.clone()
-    narrow_decode_mm_kernel[(-(-n // (16 * tile.row_tiles * tile.warps_r)), -(-m // (8 * tile.column_tiles)))](
-        x.view(torch.uint8), codes, scales.view(torch.uint8), *epilogue.arguments(), out, m, n, padded_k, *epilogue.strides(),
-        **options, **pdl,
-    )  # fmt: skip
+    tensors = (x.view(torch.uint8), codes, scales.view(torch.uint8), *epilogue.arguments(), out)
+    kinds, fp16 = kinds_of(*tensors), x.dtype is torch.float16
+    _narrow_call(tile, m, n, padded_k, epilogue.strides(), codes.ndim == 3, fp16, early, x.device, kinds)(*tensors)
 
 
 def _launch_wide(
-    x: Tensor, codes: Tensor, scales: Tensor, epilogue: Epilogue, out: Tensor, padded_k: int, tile: WideTile,
-    options: dict[str, Any], pdl: dict[str, bool],
-) -> None:  # fmt: skip
+    x: Tensor, codes: Tensor, scales: Tensor, epilogue: Epilogue, out: Tensor, padded_k: int, tile: WideTile, early: bool
+) -> None:
     m, n = out.shape
+    tiled, pdl = codes.ndim == 3, {"launch_pdl": True} if early else {}
     paired = x.new_empty((m, round_up(padded_k, 128 * tile.chunks)))
     pair_columns_kernel[(m, -(-paired.shape[1] // 1024))](
-        x, paired, x.shape[1], *x.stride(), paired.shape[1], TILED=options["TILED"], PDL=options["PDL"], num_warps=4,
+        x, paired, x.shape[1], *x.stride(), paired.shape[1], TILED=tiled, PDL=early, num_warps=4,
         enable_fp_fusion=False, **pdl,
     )  # fmt: skip
-    words, scale_words = codes.view(torch.int32), scales.view(torch.int32 if codes.ndim == 3 else torch.int16)
+    words, scale_words = codes.view(torch.int32), scales.view(torch.int32 if tiled else torch.int16)
     wide_decode_mm_kernel[(-(-n // tile.block_n), -(-m // tile.block_m))](
         paired, words, scale_words, *epilogue.arguments(), out, m, n, padded_k, words.stride(0), scale_words.stride(0), paired.shape[1],
-        *epilogue.strides(), **options, **pdl,
+        *epilogue.strides(), **_options(tile, padded_k, tiled, x.dtype is torch.float16, early, x.is_cuda),
     )  # fmt: skip
 
 
@@ -248,6 +261,7 @@ def _tile_for(x: Tensor, n: int, padded_k: int, tiled: bool) -> DecodeTile:
     return choose_tile(m, n, padded_k, tiled, capability, processors_of(x.device))
 
 
+@functools.lru_cache(maxsize=8192)
 def choose_tile(m: int, n: int, padded_k: int, tiled: bool, capability: int = 90, processors: int = 132) -> DecodeTile:
     """Kernel and tile for `m` rows of x and `n` of the weight: enough warps for all multiprocessors, then as few loads of x as that leaves.
 
@@ -257,7 +271,7 @@ def choose_tile(m: int, n: int, padded_k: int, tiled: bool, capability: int = 90
     if m <= 8 or (m <= 16 and few):
         return _choose_narrow(m, few, many, padded_k, tiled, capability >= 100)
     if capability == 90:
-        dequantized = m >= (_DEQUANTIZED_FROM if tiled else _PLAIN_DEQUANTIZED_FROM)
+        dequantized = not tiled and m >= _PLAIN_DEQUANTIZED_FROM
         return HALF_TILES[0] if dequantized else choose_register_tile(m, n, padded_k, processors)
     if m <= 32:
         block_m = 16 if m <= 16 else 32

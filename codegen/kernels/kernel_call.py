@@ -21,27 +21,36 @@ def on_device(x: Tensor) -> AbstractContextManager[object]:
     return _HERE if here else torch.cuda.device_of(x)
 
 
+def kinds_of(*tensors: Tensor | None) -> tuple[tuple[torch.dtype, bool] | None, ...]:
+    """What Triton derives a variant from in them, for the keys of calls that are kept: dtypes, and whether they begin at 16 bytes."""
+    return tuple([None if tensor is None else (tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in tensors])
+
+
 class KernelCall:
     """Launches `kernel` on `grid` with `numbers` by name; tensors, by position, are the parameters that `numbers` leaves.
 
-    Which tensors are None, and what the dtypes and the alignments are that the kernel specializes on, must not change between calls; nor
-    may the device. Under the interpreter there is no variant, and every call is a first one.
+    `options` may hold constants of the kernel too. A tensor may be a descriptor of one. Which tensors are None, and what the dtypes and the
+    alignments are that the kernel specializes on (`kinds_of`), must not change between calls; nor may the device. Under the interpreter
+    there is no variant, and every call is a first one.
     """
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], options: dict[str, Any], **numbers: Any) -> None:
-        self._kernel, self._options, self._numbers = kernel, options, numbers
+        numbers = numbers | {name: value for name, value in options.items() if name in kernel.arg_names}
+        self._kernel, self._numbers = kernel, numbers
+        self._options = {name: value for name, value in options.items() if name not in numbers}
         self._grid = (*grid, 1, 1)[:3]
-        self._compiled: Any = None
+        self._launch: Any = None  # of the compiled kernel, on the grid
         self._values = [numbers.get(name) for name in kernel.arg_names]
         self._places = [i for i, name in enumerate(kernel.arg_names) if name not in numbers]
 
-    def __call__(self, *tensors: Tensor | None) -> None:
-        if self._compiled is None:
+    def __call__(self, *tensors: Any) -> None:
+        if self._launch is None:
             names = [self._kernel.arg_names[i] for i in self._places]
             named = dict(zip(names, tensors, strict=True)) | self._numbers
-            self._compiled = self._kernel[self._grid](**named, **self._options)
+            compiled = self._kernel[self._grid](**named, **self._options)
+            self._launch = None if compiled is None else compiled[self._grid]
             return
         values = self._values.copy()
         for place, tensor in zip(self._places, tensors, strict=True):
             values[place] = tensor
-        self._compiled[self._grid](*values)
+        self._launch(*values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Final
 
 import torch
@@ -11,6 +12,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fp4compile.codegen.kernels.half_hopper_mm import half_hopper_mm_kernel
 from fp4compile.codegen.kernels.hopper_tiles import HalfTile
+from fp4compile.codegen.kernels.kernel_call import KernelCall, kinds_of
 from fp4compile.codegen.kernels.launch_hopper import stride_of, x_descriptor
 from fp4compile.codegen.target import processors_of
 
@@ -27,10 +29,21 @@ def multiply_halves_hopper(
     m, n = out.shape
     tiles = -(-m // tile.block_m) * -(-n // tile.block_n)
     programs = min(tiles, processors_of(a.device)) if a.is_cuda else tiles
-    half_hopper_mm_kernel[(programs,)](
-        x_descriptor(a, tile.block_m), x_descriptor(b, tile.block_n), _out_descriptor(out, tile.block_m // 2),
-        a_global, b_global, bias, out, m, n, a.shape[1], stride_of(a_global), stride_of(b_global), **tile.options(),
-    )  # fmt: skip
+    pieces, pointers = _out_descriptor(out, tile.block_m // 2), (a_global, b_global, bias, out)
+    product = _product(
+        tile, programs, (m, n, a.shape[1], stride_of(a_global), stride_of(b_global)), a.dtype, pieces is None, a.device, kinds_of(*pointers)
+    )
+    product(x_descriptor(a, tile.block_m), x_descriptor(b, tile.block_n), pieces, *pointers)
+
+
+@functools.lru_cache(maxsize=4096)
+def _product(
+    tile: HalfTile, programs: int, numbers: tuple[int, int, int, int, int], dtype: torch.dtype, whole: bool, device: torch.device,
+    kinds: tuple[object, ...],
+) -> KernelCall:  # fmt: skip
+    """The kernel on descriptors of A and B, of `dtype`, and of the output unless it leaves `whole`, and on tensors of `kinds`."""
+    m, n, k, a_stride, b_stride = numbers
+    return KernelCall(half_hopper_mm_kernel, (programs,), tile.options(), m=m, n=n, k=k, a_global_stride=a_stride, b_global_stride=b_stride)
 
 
 def _out_descriptor(out: Tensor, rows: int) -> TensorDescriptor | None:

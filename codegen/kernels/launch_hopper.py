@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Final
 
 import torch
@@ -12,6 +13,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from fp4compile.codegen.formats import round_up
 from fp4compile.codegen.kernels.hopper_mm import hopper_mm_kernel
 from fp4compile.codegen.kernels.hopper_tiles import HopperTile
+from fp4compile.codegen.kernels.kernel_call import KernelCall, kinds_of
 from fp4compile.codegen.kernels.scaled_grouped_mm import group_tiles_kernel
 from fp4compile.codegen.kernels.sum_splits import sum_splits_kernel
 
@@ -35,11 +37,24 @@ def multiply_hopper(
     last = (a_global, b_global, bias)
     strides = (stride_of(a_global), stride_of(b_global))
     partial = out if splits == 1 else out.new_empty((splits, m, n), dtype=torch.float32)
-    hopper_mm_kernel[(-(-m // tile.block_m) * -(-n // tile.block_n), splits)](
-        *_descriptors(x, codes, scales, tile), *(last if splits == 1 else (None, None, None)), None, partial,
-        m, n, chunks, a_split, 0, strides[0], 0, strides[1], m * n, FP16=x.dtype is torch.float16, **tile.options(),
-    )  # fmt: skip
+    pointers = (*(last if splits == 1 else (None, None, None)), None, partial)
+    grid, numbers = (-(-m // tile.block_m) * -(-n // tile.block_n), splits), (m, n, chunks, a_split, 0, strides[0], 0, strides[1], m * n)
+    product = _product(tile, grid, numbers, x.dtype is torch.float16, x.device, kinds_of(*pointers))
+    product(*_descriptors(x, codes, scales, tile), *pointers)
     finish_splits(partial, last, out, splits)
+
+
+_NUMBERS: Final = (
+    "m", "n", "chunks", "chunks_a_split", "tiles_a_group", "a_global_stride", "b_group_stride", "b_global_stride", "split_stride"
+)  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4096)
+def _product(
+    tile: HopperTile, grid: tuple[int, int], numbers: tuple[int, ...], fp16: bool, device: torch.device, kinds: tuple[object, ...]
+) -> KernelCall:
+    """The kernel on descriptors of x and of the weight, whose blocks and dtypes `tile` and `fp16` decide, and on tensors of `kinds`."""
+    return KernelCall(hopper_mm_kernel, grid, tile.options(), FP16=fp16, **dict(zip(_NUMBERS, numbers, strict=True)))
 
 
 def splits_of(chunks: int, wanted: int) -> tuple[int, int]:
@@ -52,10 +67,16 @@ def finish_splits(partial: Tensor, last: tuple[Tensor | None, Tensor | None, Ten
     """Where there is more than one, the sum of `partial` (splits, M, N) with the epilogue (global scales of A and B, bias) to `out`."""
     if splits > 1:
         m, n = out.shape
-        sum_splits_kernel[(-(-m * n // 1024),)](
-            partial, *last, out, n, m * n, stride_of(last[0]), stride_of(last[1]),
-            SPLITS=splits, BLOCK=1024, num_warps=4, enable_fp_fusion=False,
-        )  # fmt: skip
+        tensors, strides = (partial, *last, out), (stride_of(last[0]), stride_of(last[1]))
+        _summing(m, n, splits, strides, out.device, kinds_of(*tensors))(*tensors)
+
+
+@functools.lru_cache(maxsize=4096)
+def _summing(m: int, n: int, splits: int, strides: tuple[int, int], device: torch.device, kinds: tuple[object, ...]) -> KernelCall:
+    return KernelCall(
+        sum_splits_kernel, (-(-m * n // 1024),), {"num_warps": 4, "enable_fp_fusion": False}, n=n, elements=m * n,
+        a_global_stride=strides[0], b_global_stride=strides[1], SPLITS=splits, BLOCK=1024,
+    )  # fmt: skip
 
 
 def multiply_groups_hopper(
@@ -74,11 +95,10 @@ def multiply_groups_hopper(
         num_warps=1, enable_fp_fusion=False,
     )  # fmt: skip
     per_row = b_global is not None and b_global.ndim == 2
-    hopper_mm_kernel[(row_tiles * -(-n // tile.block_n), 1)](
-        *_descriptors(x, codes.flatten(0, 1), scales.flatten(0, 1), tile), a_global, b_global, None, described, out,
-        row_tiles, n, chunks, chunks, tiles, stride_of(a_global), n if per_row else 1, 1 if per_row else 0, 0,
-        FP16=x.dtype is torch.float16, **tile.options(),
-    )  # fmt: skip
+    pointers, grid = (a_global, b_global, None, described, out), (row_tiles * -(-n // tile.block_n), 1)
+    numbers = (row_tiles, n, chunks, chunks, tiles, stride_of(a_global), n if per_row else 1, 1 if per_row else 0, 0)
+    product = _product(tile, grid, numbers, x.dtype is torch.float16, x.device, kinds_of(*pointers))
+    product(*_descriptors(x, codes.flatten(0, 1), scales.flatten(0, 1), tile), *pointers)
 
 
 def _descriptors(x: Tensor, codes: Tensor, scales: Tensor, tile: HopperTile) -> tuple[Any, Any, Any]:
