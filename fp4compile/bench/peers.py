@@ -34,6 +34,7 @@ from fp4compile.codegen.timing import Call, copies_for
 
 _GROUPS: Final = (128, 64, 32)  # of torch's int4, the first that divides K
 _PROBE_SECONDS: Final = 120  # for its imports, compilers and searches; most need 10 to 40
+_SECONDS_TO_END: Final = 3
 _FOLDERS: Final = re.compile(r"(?<![\w.:/])/(?:[^\s/'\"]+/)+")
 
 
@@ -194,8 +195,9 @@ def _tell(told: Connection, said: str, peer: Peer, case: MatmulCase, device: str
 
 
 def _end(process: BaseProcess) -> None:
-    """At once, with the compilers it started: some packages hang when they end."""
+    """With the compilers it started: some packages hang when they end."""
     assert process.pid is not None
+    process.join(_SECONDS_TO_END)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.kill()
