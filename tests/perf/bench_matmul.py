@@ -1,6 +1,6 @@
 """The public products on the GPU at hand: verified, then timed beside cuBLAS, torch's int4 product and the floor of bytes and operations.
 
-Run `python tests/perf/bench_matmul.py FOLDER [--tiles] [--rows M,M,...]`; no installation is needed. What is timed is
+Run `python tests/perf/bench_matmul.py FOLDER [--tiles] [--rows M,M,...] [--host]`; no installation is needed. What is timed is
 `torch.ops.fp4.scaled_mm`, medians from CUDA graphs over rotating copies of the weight larger than L2. `--tiles` times what else
 might have been chosen. Results go to FOLDER/matmul.json, ratios to cuBLAS bfloat16 in the same run.
 """
@@ -47,6 +47,7 @@ from tests.perf.failures import FAILURES  # noqa: E402
 SHAPES = [(28672, 8192), (14336, 4096), (4096, 4096)]
 TRAINING = [(8192, 4096, 4096), (8192, 11008, 4096), (8192, 4096, 11008), (8192, 12288, 4096)]
 ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 4096)
+HOST_ROWS = (1, 8, 32, 512)  # a kernel for few rows, and three launches for more
 WORST_ERROR = 5e-4  # norm ratio against float64 of the exact dequants, float32 output
 REPEATS = 200
 HANGS_AFTER = 60.0  # seconds of one check, its compilation included
@@ -275,12 +276,12 @@ def measure_training(m: int, n: int, k: int) -> dict[str, Any]:
     return {"n": n, "k": k, "m": m, "floor": 2e-6 * m * n * k / 990, "microseconds": times}
 
 
-def host_microseconds() -> float:
-    """What a call costs the host, for a product of few rows."""
+def host_microseconds(m: int) -> float:
+    """What a call costs the host, for a product of so few rows that the GPU keeps up with it."""
     import time
 
     weight = lay_out_ref(*random_weight(4096, 4096, 0), "tiled")
-    x, scale = torch.randn(1, 4096, device="cuda", dtype=torch.bfloat16), torch.rand((), device="cuda")
+    x, scale = torch.randn(m, 4096, device="cuda", dtype=torch.bfloat16), torch.rand((), device="cuda")
     call = functools.partial(MM, x, None, None, *weight, scale, None, 4096, torch.bfloat16, b_layout="tiled")
     for _ in range(20):
         call()
@@ -295,6 +296,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tiles", action="store_true")
+    parser.add_argument("--host", action="store_true", help="only what calls cost the host")
     parser.add_argument("--rows", type=lambda text: tuple(int(m) for m in text.split(",")), default=ROWS)
     parser.add_argument("--part", type=int, nargs=2, help="used by the script itself")
     given = parser.parse_args()
@@ -302,12 +304,15 @@ def main() -> int:
         part, parts = given.part
         verify_part(part, parts, given.folder / f"part{part}")
         return 0
+    host = {m: host_microseconds(m) for m in HOST_ROWS}
+    print("a call costs the host " + ", ".join(f"{us:.0f} us (M={m})" for m, us in host.items()), flush=True)
+    if given.host:
+        return 0
     head = {
         "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
         "date": str(datetime.datetime.now(tz=datetime.UTC).date()), "checks": verify_all(given.folder),
-        "host_microseconds": host_microseconds(),
+        "host_microseconds": host,
     }  # fmt: skip
-    print(f"a call of few rows costs the host {head['host_microseconds']:.0f} us", flush=True)
     rows: list[dict[str, Any]] = [measure_training(*shape) for shape in TRAINING]
     for n, k in SHAPES:
         for row in measure(n, k, given.rows, given.tiles):
