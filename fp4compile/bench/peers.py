@@ -10,12 +10,11 @@ import importlib.util
 import multiprocessing
 import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
@@ -189,17 +188,13 @@ def probe(peer: Peer, case: MatmulCase, device: torch.device) -> str:
 
 def _tell(told: Connection, said: str, peer: Peer, case: MatmulCase, device: str) -> None:
     """What the other process runs: a compiler's dump goes into the file `said`, and its abort ends only that process."""
-    os.setsid()  # with all that it starts
     os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
     told.send(_try_once(peer, case, device))
 
 
 def _end(process: BaseProcess) -> None:
-    """With the compilers it started: some packages hang when they end."""
-    assert process.pid is not None
+    """Some packages hang when they end."""
     process.join(_SECONDS_TO_END)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
     process.kill()
     process.join()
 
