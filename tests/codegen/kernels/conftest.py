@@ -34,14 +34,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(params=["maximum found on the way", "maximum first"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Of quantizing: small matrices take one launch; here also the way of large ones."""
     from fp4compile.codegen.kernels import launch_quantize  # imports Triton, which not every test here wants
 
     if request.param == "maximum first":
         monkeypatch.setattr(launch_quantize, "_TILES_OF_A_SMALL_MATRIX", 0)
     launch_quantize.plan_of.cache_clear()
-    yield
+    yield request.param
     launch_quantize.plan_of.cache_clear()
 
 
