@@ -21,6 +21,7 @@ from fp4compile.passes.forward_values import (
     FIRST_FACTOR,
     SCALED,
     Factor,
+    are_kept,
     find_factor,
     forward_products,
     in_place_of,
@@ -53,6 +54,8 @@ class DequantizeBackward(Pass):
 def _rewrite(node: fx.Node, forward: Sequence[fx.Node], ctx: PassContext) -> int:
     site = site_of(node)
     assert site is not None
+    if are_kept(forward):
+        return 0
     changed = 0
     for side, of_site in enumerate((site.lhs, site.rhs)):
         position = FIRST_FACTOR[node.target] + side  # type: ignore[index]

@@ -43,14 +43,18 @@ class Factor:
 
 
 def forward_products(gm: fx.GraphModule) -> dict[int, list[fx.Node]]:
-    """The forward products of layers, by `seq_nr`."""
+    """The forward products of layers, by `seq_nr`: also those that no pass rewrites."""
     found: dict[int, list[fx.Node]] = {}
     for node in gm.graph.nodes:
         site = site_of(node)
-        is_product = node.target in FIRST_FACTOR or node.target in SCALED
-        if is_product and site is not None and site.role is Role.FPROP and not is_backward(node) and "seq_nr" in node.meta:
+        if site is not None and site.role is Role.FPROP and not is_backward(node) and "seq_nr" in node.meta:
             found.setdefault(node.meta["seq_nr"], []).append(node)
     return found
+
+
+def are_kept(products: Sequence[fx.Node]) -> bool:
+    """Whether these forward products are all in high precision: then any operand is what the forward multiplied with."""
+    return bool(products) and not any((plan := plan_of(product)) is not None and plan.quantizes for product in products)
 
 
 def find_factor(operand: Operand, products: Sequence[fx.Node]) -> Factor | NoMatch:
@@ -105,8 +109,9 @@ def swapped(values: fx.Node) -> list[int]:
 def _factors(product: fx.Node) -> Iterable[Factor]:
     site = site_of(product)
     assert site is not None
+    is_seen = product.target in FIRST_FACTOR or product.target in SCALED
     for side, operand in enumerate((site.lhs, site.rhs)):
-        if operand is not None:
+        if operand is not None and is_seen:
             source, axis, rotated = _read_by(product, side)
             yield Factor(product=product, side=side, kind=operand.kind, source=source, axis=axis, rotated=rotated)
 

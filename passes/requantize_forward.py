@@ -18,7 +18,7 @@ from fp4compile.codegen import ops
 from fp4compile.codegen.errors import IllegalCombination
 from fp4compile.codegen.formats import QuantConfig, Source
 from fp4compile.passes.base import NoMatch, Pass, PassContext, PassResult
-from fp4compile.passes.forward_values import Factor, find_factor, forward_products, in_place_of, report_unread
+from fp4compile.passes.forward_values import Factor, are_kept, find_factor, forward_products, in_place_of, report_unread
 from fp4compile.passes.insert import call, place_after, size_node
 from fp4compile.passes.insert_quantize import insert_codes
 from fp4compile.passes.site import Operand, Site, plan_of, set_plan, set_site, site_of
@@ -61,6 +61,8 @@ def _original(config: QuantConfig | None) -> QuantConfig | None:
 
 def _of_forward(site: Site, operand: Operand, node: fx.Node, forward: Sequence[fx.Node], ctx: PassContext) -> Operand:
     """`operand` as the forward multiplied with it."""
+    if are_kept(forward):
+        return operand
     factor = find_factor(operand, forward)
     if isinstance(factor, NoMatch):
         report_unread(ctx, node, factor)

@@ -103,6 +103,23 @@ def test_what_no_forward_product_reads_is_reported_with_the_reason() -> None:
     )
 
 
+class SumOfProducts(nn.Module):
+    """An operator that no pass rewrites; its backward is made of products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(2, 32, 48))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addbmm(torch.ones(16, 48), x, self.w)
+
+
+def test_a_forward_that_could_not_be_quantized_leaves_nothing_to_say_of_its_backward() -> None:
+    got = run(SumOfProducts(), batch())
+    assert got.record is not None and got.changed == [0]
+    assert {row.role: row.fallback for row in got.record.sites} == {"fprop": True, "dgrad": False, "wgrad": False}
+
+
 def test_strict_refuses_it() -> None:
     with pytest.raises(Exception, match=r"ForwardNotRead: strict: .* \(dgrad\) was to read what its forward multiplied with, by test rule"):
         run(Expanded(), batch(), strict=True)
