@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Final
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from fp4compile.codegen.formats import round_up
 from fp4compile.codegen.kernels.dequantize import dequantize_kernel, tile_weight_kernel
 from fp4compile.codegen.kernels.dequantize_words import dequantize_plain_kernel, dequantize_tiled_kernel
-from fp4compile.codegen.kernels.kernel_call import on_device
+from fp4compile.codegen.kernels.kernel_call import KernelCall, kinds_of, on_device
 from fp4compile.codegen.reference.block import dequantize_ref
 from fp4compile.codegen.reference.block_scales import each_element
 
@@ -59,24 +60,39 @@ def _dequantize_words(codes: Tensor, scales: Tensor, k: int, dtype: torch.dtype)
     words, bytes_ = codes.view(torch.int64), scales.view(torch.uint8)
     if bytes_.stride(1) != 1:
         bytes_ = bytes_.contiguous()
-    block_r, block_c = 4, 128
-    dequantize_plain_kernel[(-(-rows // block_r) * -(-blocks // block_c),)](
-        words, bytes_, out.view(torch.int32), rows, blocks, words.stride(0), bytes_.stride(0),
-        FP16=dtype is torch.float16, PTX=codes.is_cuda, BLOCK_R=block_r, BLOCK_C=block_c, **_LAUNCH,
-    )  # fmt: skip
+    tensors = (words, bytes_, out.view(torch.int32))
+    _decoding(rows, blocks, words.stride(0), bytes_.stride(0), dtype is torch.float16, codes.device, kinds_of(*tensors))(*tensors)
     return out
+
+
+@functools.lru_cache(maxsize=4096)
+def _decoding(
+    rows: int, blocks: int, codes_stride: int, scales_stride: int, fp16: bool, device: torch.device, kinds: tuple[object, ...]
+) -> KernelCall:
+    block_r, block_c = 4, 128
+    return KernelCall(
+        dequantize_plain_kernel, (-(-rows // block_r) * -(-blocks // block_c),), _LAUNCH,
+        rows=rows, blocks=blocks, codes_stride=codes_stride, scales_stride=scales_stride,
+        FP16=fp16, PTX=device.type == "cuda", BLOCK_R=block_r, BLOCK_C=block_c,
+    )  # fmt: skip
 
 
 def dequantize_tiled(codes: Tensor, scales: Tensor, n: int, dtype: torch.dtype) -> Tensor:
     """(n, 128 C) in `dtype`, bfloat16 or float16: tiled NVFP4 codes (T, C, 1024), contiguous, times their block scales (T, C, 128)."""
     _, chunks, _ = codes.shape
     out = codes.new_empty((n, 128 * chunks), dtype=dtype)
-    block_c = 4
-    dequantize_tiled_kernel[(-(-n // 16) * -(-chunks // block_c),)](
-        codes.view(torch.int64), scales.view(torch.uint8), out.view(torch.int32), n, chunks, 8 * chunks,
-        FP16=dtype is torch.float16, PTX=codes.is_cuda, BLOCK_C=block_c, **_LAUNCH,
-    )  # fmt: skip
+    tensors = (codes.view(torch.int64), scales.view(torch.uint8), out.view(torch.int32))
+    _decoding_tiles(n, chunks, dtype is torch.float16, codes.device, kinds_of(*tensors))(*tensors)
     return out
+
+
+@functools.lru_cache(maxsize=4096)
+def _decoding_tiles(n: int, chunks: int, fp16: bool, device: torch.device, kinds: tuple[object, ...]) -> KernelCall:
+    block_c = 4
+    return KernelCall(
+        dequantize_tiled_kernel, (-(-n // 16) * -(-chunks // block_c),), _LAUNCH,
+        rows=n, chunks=chunks, blocks=8 * chunks, FP16=fp16, PTX=device.type == "cuda", BLOCK_C=block_c,
+    )  # fmt: skip
 
 
 def tile_on_device(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,10 +103,18 @@ def tile_on_device(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     tiles, chunks = round_up(rows, 16) // 16, round_up(half_k, 64) // 64
     tiled, tiled_scales = codes.new_empty((*lead, tiles, chunks, 1024)), codes.new_empty((*lead, tiles, chunks, 128))
     if tiled.numel():
-        tile_weight_kernel[(tiles * -(-chunks // 4), flat.shape[0])](
-            flat, bytes_, tiled, tiled_scales, rows, half_k, blocks, chunks, *flat.stride(), *bytes_.stride(), BLOCK_C=4, **_LAUNCH
-        )
+        tensors, strides = (flat, bytes_, tiled, tiled_scales), (*flat.stride(), *bytes_.stride())
+        _tiling(flat.shape[0], tiles, (rows, half_k, blocks, chunks), strides, codes.device, kinds_of(*tensors))(*tensors)
     return tiled, tiled_scales.view(scales.dtype)
+
+
+@functools.lru_cache(maxsize=4096)
+def _tiling(
+    batch: int, tiles: int, sizes: tuple[int, int, int, int], strides: tuple[int, ...], device: torch.device, kinds: tuple[object, ...]
+) -> KernelCall:
+    names = [f"{what}_stride_{axis}" for what in ("codes", "scales") for axis in "brk"]
+    numbers = dict(zip(("rows", "half_k", "blocks", "chunks"), sizes, strict=True)) | dict(zip(names, strides, strict=True))
+    return KernelCall(tile_weight_kernel, (tiles * -(-sizes[3] // 4), batch), _LAUNCH, **numbers, BLOCK_C=4)
 
 
 def _stacked(x: Tensor) -> Tensor:

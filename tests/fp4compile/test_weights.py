@@ -60,6 +60,18 @@ def test_quantized_once_and_shared_between_graphs() -> None:
     assert len(fp4compile.last_report().graphs) >= 2
 
 
+@torch.no_grad()
+def test_what_the_store_computes_has_no_prims_whose_calls_outside_inductor_are_slow() -> None:
+    """Under autocast a float32 weight is converted first; what is stored is made of the converted weight."""
+    model = Mlp().float()
+    with torch.autocast("cpu", BF16):
+        compiled(model)(torch.ones(3, 64))
+    [(compute, values)] = STORE.codes_of(model.up.weight)
+    targets = [node.target for node in compute.graph.nodes if node.op == "call_function"]
+    assert targets == [torch.ops.aten._to_copy.default, torch.ops.fp4.quantize.default]
+    assert all(torch.equal(a, b) for a, b in zip(values, quantize_ref(model.up.weight.bfloat16(), QuantConfig()), strict=True))
+
+
 def in_place(model: Mlp) -> None:
     model.up.weight.add_(0.5)
 

@@ -1,5 +1,6 @@
-"""The products' launches that skip Triton's dispatcher: the same kernel, grid and arguments as it would get, and none for another variant.
+"""Launches that skip Triton's dispatcher: the same kernel, grid and arguments as it would get, and none for another variant.
 
+Of products, and of what decodes and tiles for them.
 What Triton compiles is stood for by a recorder, so nothing runs.
 """
 
@@ -23,9 +24,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
 from fp4compile.codegen.kernels import decode_mm as decode
-from fp4compile.codegen.kernels import launch_half_hopper, launch_hopper, launch_register
+from fp4compile.codegen.kernels import launch_dequantize, launch_half_hopper, launch_hopper, launch_register
 from fp4compile.codegen.kernels.decode_mm import NarrowTile, decode_mm
 from fp4compile.codegen.kernels.hopper_tiles import HALF_TILES, REGISTER_TILES, TILES, choose_hopper_tile, choose_register_tile
+from fp4compile.codegen.kernels.launch_dequantize import dequantize, dequantize_tiled, tile_on_device
 from fp4compile.codegen.kernels.launch_half_hopper import multiply_halves_hopper
 from fp4compile.codegen.kernels.launch_hopper import multiply_groups_hopper
 
@@ -34,6 +36,7 @@ NARROW = NarrowTile()
 KEPT = [
     decode._narrow_call, launch_register._product, launch_register._pairing, launch_register._pairing_words,
     launch_half_hopper._product, launch_hopper._product, launch_hopper._summing,
+    launch_dequantize._decoding, launch_dequantize._decoding_tiles, launch_dequantize._tiling,
 ]  # fmt: skip
 
 
@@ -106,6 +109,10 @@ def groups() -> Tensor:
     return out
 
 
+def plain() -> tuple[Tensor, Tensor]:
+    return torch.zeros(N, K // 2, dtype=torch.uint8), torch.zeros(N, K // 16, dtype=torch.uint8).view(torch.float8_e4m3fn)
+
+
 SPLIT = choose_register_tile(M, N, K, 132)
 CALLS: dict[str, Callable[[], Tensor]] = {
     "few rows": functools.partial(product, NARROW, 1),
@@ -118,6 +125,9 @@ CALLS: dict[str, Callable[[], Tensor]] = {
     "halves": functools.partial(halves, N),
     "halves whose rows no copy engine stores": functools.partial(halves, N + 4),
     "groups": groups,
+    "decoding": lambda: dequantize(*plain(), K, torch.bfloat16),
+    "decoding tiles": lambda: dequantize_tiled(*weight(), N, torch.float16),
+    "tiling": lambda: tile_on_device(*plain())[0],
 }
 
 
@@ -129,7 +139,8 @@ def test_a_second_launch_is_the_first_without_the_dispatcher(name: str, launches
     assert [each.shown() for each in launches] == [each.shown() for each in first]
     assert all(each.dispatched for each in first)
     assert {each.kernel for each in launches if each.dispatched} <= {"group_tiles_kernel"}
-    assert launches[-1].arguments["out_ptr"].data_ptr() == out.data_ptr()
+    written = launches[-1].arguments
+    assert written.get("out_ptr", written.get("tiled_codes_ptr")).data_ptr() == out.data_ptr()
 
 
 def test_the_splits_and_the_flags_above_are_what_they_say(launches: list[Launch]) -> None:
