@@ -32,7 +32,7 @@ BARS = (  # what the methods are to win back of the nats that plain W4A4 loses
     ("calibrated on random tokens, no text", 1 / 5, lambda row: "random" in row.name),
     ("calibration-free, some roles in high precision", 1 / 5, lambda row: not NEEDS_DATA[row.name] and "random" not in row.name),
     ("calibrated", 1 / 2, lambda row: NEEDS_DATA[row.name] and not row.kept),
-    ("calibrated, at most 15% of the FLOPs in high precision", 3 / 4, lambda row: NEEDS_DATA[row.name] and row.kept <= 0.15),
+    ("calibrated, at most 15% of the FLOPs in high precision", 3 / 4, lambda row: NEEDS_DATA[row.name] and 0 < row.kept <= 0.15),
 )
 
 
