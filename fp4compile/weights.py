@@ -91,8 +91,9 @@ class WeightStore:
     ) -> tuple[Tensor, ...]:
         if self.freed and any(map(self.is_freed, parameters)):
             raise WeightFreed(shape=tuple(parameters[0].shape))
+        # Of a subclass of Tensor the codes are plain: torch 2.11 runs no custom operator on a subclass that is not a parameter.
         with torch.no_grad():
-            values = tuple(compute(*parameters))
+            values = tuple(compute(*(p.as_subclass(Tensor) for p in parameters)))
         self.quantizations += bool(parameters)  # orders of channels are made of none
         if old is not None and all(a.shape == b.shape and a.device == b.device for a, b in zip(old.values, values, strict=True)):
             # Same memory: a CUDA graph that reads these codes goes on without a new recording.

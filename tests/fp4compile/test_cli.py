@@ -46,7 +46,8 @@ def test_explain_wants_a_model_function(tmp_path, capsys) -> None:
 def test_doctor_names_versions_and_target(capsys) -> None:
     assert main(["doctor", "--json"]) in (0, 1)
     rows = {row["what"]: row for row in json.loads(capsys.readouterr().out)}
-    assert rows["torch"]["found"] == torch.__version__ and rows["cpu"]["verdict"] == "ok"
+    # A wheel from PyPI calls itself 2.11.0 where torch says 2.11.0+cu130.
+    assert torch.__version__.startswith(rows["torch"]["found"]) and rows["cpu"]["verdict"] == "ok"
 
 
 @pytest.fixture

@@ -219,6 +219,17 @@ def test_parameters_made_in_inference_mode_have_no_version_and_still_work() -> N
         close(run(x), expected(model, x))
 
 
+class Subclass(torch.Tensor):
+    pass
+
+
+def test_of_a_subclass_of_tensor_plain_values_are_stored() -> None:
+    store, weight = WeightStore(), nn.Parameter(torch.randn(4, 16).as_subclass(Subclass))
+    doubled = fx.symbolic_trace(lambda w: (w * 2,))
+    [values] = store.fetch("twice", [weight], doubled)
+    assert type(values) is Tensor and torch.equal(values, weight.as_subclass(Tensor) * 2)
+
+
 def test_a_call_with_unchanged_parameters_asks_for_no_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     """210 weights a token: what a decoder pays for is a glance at each parameter. A dead model's codes are let go."""
     fetched = 0

@@ -73,7 +73,8 @@ def test_sums_equal_a_plain_loop(config: QuantConfig, rows: int, columns: int) -
 
 def test_along_the_other_axis_the_transposed_matrix_is_measured() -> None:
     x = heavy_tailed(64, 40)
-    assert measure(x, QuantConfig(), axis=-2, draws=1)[1] == measure(x.mT.contiguous(), QuantConfig(), axis=-1, draws=1)[1]
+    got, want = (vars(measure(t, QuantConfig(), axis=axis, draws=1)[1]) for t, axis in ((x, -2), (x.mT.contiguous(), -1)))
+    assert got == pytest.approx(want, rel=1e-12)  # torch adds up the two layouts in orders of their own, which the processor decides
 
 
 def test_the_rotation_comes_first() -> None:
