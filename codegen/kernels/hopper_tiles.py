@@ -92,6 +92,10 @@ class HalfTile:
     registers: int = 232
     band: int = 2048
 
+    def of(self, m: int, n: int) -> int:
+        """How many of it an output (`m`, `n`) takes."""
+        return -(-m // self.block_m) * -(-n // self.block_n)
+
     def options(self) -> dict[str, Any]:
         return {
             "BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "STAGES": self.stages, "MULTIPLY_REGISTERS": self.registers,

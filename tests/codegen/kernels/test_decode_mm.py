@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fp4compile.codegen.errors import UnsupportedDtype
 from fp4compile.codegen.kernels.decode_mm import NarrowTile, WideTile, choose_tile, decode_mm, supports, tile_weight
-from fp4compile.codegen.kernels.hopper_tiles import REGISTER_TILES, HalfTile, RegisterTile
+from fp4compile.codegen.kernels.hopper_tiles import REGISTER_TILES, HalfTile, RegisterTile, choose_register_tile
 from fp4compile.codegen.reference.block import dequantize_ref
 from fp4compile.codegen.reference.matmul import scaled_mm_ref
 from tests.codegen.kernels.exact_products import HIGH_PRECISION, Side, exact_side
@@ -166,6 +166,8 @@ def test_on_hopper_no_dot_takes_its_left_operand_from_registers() -> None:
 
 def test_on_hopper_many_rows_meet_a_weight_that_was_dequantized_once_where_it_is_not_tiled() -> None:
     assert isinstance(choose_tile(8192, 11008, 4096, False, 90), HalfTile)
+    assert choose_tile(640, 640, 65536, False, 90) == choose_register_tile(640, 640, 65536, 132)  # wgrad of a narrow layer: 15 tiles
+    assert choose_register_tile(640, 640, 65536, 132).splits == 8 and isinstance(choose_tile(640, 640, 640, False, 90), HalfTile)
     for m, n, k in itertools.product((17, 64, 65, 128, 129, 4096), (64, 4096, 14336, 28672), (128, 1024, 8192)):
         tile = choose_tile(m, n, k, True, 90)
         if isinstance(tile, RegisterTile):

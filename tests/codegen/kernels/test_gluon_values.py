@@ -54,7 +54,7 @@ def order_of_lanes(x: Tensor, chunks: int) -> Tensor:
     return padded.view(-1, chunks, 4, 4, 2, 2, 2).permute(0, 1, 3, 4, 5, 2, 6).reshape(padded.shape).contiguous()
 
 
-@pytest.mark.parametrize(("groups", "block_m", "stages", "splits"), [(1, 16, 6, 1), (2, 32, 2, 3), (4, 128, 4, 1)])
+@pytest.mark.parametrize(("groups", "block_m", "stages", "splits"), [(1, 16, 6, 1), (2, 32, 2, 3), (4, 128, 4, 1), (4, 128, 4, 2)])
 def test_weights_decoded_in_registers(groups: int, block_m: int, stages: int, splits: int) -> None:
     m, n, k = 2 * block_m + 5, 64 * groups + 48, 1040
     generator = torch.Generator().manual_seed(groups)

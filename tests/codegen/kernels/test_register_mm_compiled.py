@@ -12,7 +12,7 @@ import torch
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter does not compile", allow_module_level=True)
 
-from fp4compile.codegen.kernels.hopper_tiles import REGISTER_TILES, RegisterTile
+from fp4compile.codegen.kernels.hopper_tiles import REGISTER_TILES, RegisterTile, choose_register_tile
 from fp4compile.codegen.kernels.launch_register import multiply_register
 from fp4compile.codegen.kernels.register_mm import register_mm_kernel
 from tests.codegen.kernels.cross_compiled import launches_of
@@ -23,11 +23,11 @@ N, K = 512, 512
 KINDS = ["bfloat16", "float16", "scaled"]
 
 
-def compiled(kind: str, tile: RegisterTile, monkeypatch: pytest.MonkeyPatch, folder: Path) -> MachineCode:
+def compiled(kind: str, tile: RegisterTile, monkeypatch: pytest.MonkeyPatch, folder: Path, k: int = K) -> MachineCode:
     dtype = torch.float16 if kind == "float16" else torch.bfloat16
-    codes = torch.zeros(N // 16, K // 128, 1024, dtype=torch.uint8)
-    scales = torch.zeros(N // 16, K // 128, 128, dtype=torch.uint8).view(torch.float8_e4m3fn)
-    x, out = torch.zeros(300, K, dtype=dtype), torch.zeros(300, N, dtype=torch.float32 if kind == "scaled" else dtype)
+    codes = torch.zeros(N // 16, k // 128, 1024, dtype=torch.uint8)
+    scales = torch.zeros(N // 16, k // 128, 128, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    x, out = torch.zeros(300, k, dtype=dtype), torch.zeros(300, N, dtype=torch.float32 if kind == "scaled" else dtype)
     last = (torch.ones(300), torch.ones(N), torch.zeros(N)) if kind == "scaled" else (None, torch.ones(()), None)
     launches = launches_of(lambda: multiply_register(x, codes, scales, *last, out, tile), monkeypatch)
     return machine_code(next(each for each in launches if each.kernel is register_mm_kernel).compile(90), folder)
@@ -65,6 +65,14 @@ def test_fits_spills_nothing_and_writes_no_register_in_flight(
     loop = code.main_loop()
     assert loop["HGMMA"] == 8 and loop["STS"] == loop["SHFL"] == loop["LDL"] == loop["STL"] == 0  # nothing decoded moves between threads
     assert loop.total() <= (260 if kind == "float16" else 200)  # for the 64 codes of a thread; float16 has its own place for a magnitude
+
+
+def test_splits_of_k_spill_nothing_either(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The wgrad of a narrow layer: few tiles, many tokens."""
+    tile = choose_register_tile(640, 640, 65536, 132)
+    code = compiled("bfloat16", tile, monkeypatch, tmp_path, k=512 * tile.splits)
+    assert tile.splits == 8 and code.local == 0 and code.stack <= 32 and code.shared <= SHARED_MEMORY
+    assert not written_in_flight(code)
 
 
 def test_the_check_finds_a_register_that_is_written_too_early() -> None:
