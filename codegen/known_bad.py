@@ -34,6 +34,7 @@ class Feature(StrEnum):
     WARP_SPECIALIZATION = "tl.range(warp_specialize=True)"
     SPECIALIZED_PLAIN_LOADS = "tl.range(warp_specialize=True) over loads that are not TMA"
     REGISTER_WGMMA = "a Hopper dot in flight whose left operand lies in registers"
+    EAGER_ROUNDING = "Inductor's option emulate_precision_casts"  # for comparisons with eager mode
     INDUCTOR = "Inductor's own kernels"  # every compiled model has them, and no family of ours relies on them
 
 
@@ -112,6 +113,10 @@ KNOWN_BAD: Final = (
         package="triton", since="3.7", until="3.8", targets=("sm_",), feature=Feature.INDUCTOR,
         symptom="may mix up values where several strided slices are assigned, as in interleaved rotary embeddings",
         source="https://github.com/pytorch/pytorch/issues/193183",
+    ),
+    KnownBad(
+        package="torch", since="2.11", until="2.13", targets=("cpu",), feature=Feature.EAGER_ROUNDING,
+        symptom="changes nothing: what fused operators pass on stays float32", source="https://github.com/pytorch/pytorch/issues/185337",
     ),
 )  # fmt: skip
 

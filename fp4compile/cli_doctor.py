@@ -81,6 +81,8 @@ def _known_bad_row(row: KnownBad, target: Target) -> dict[str, str]:
         ours = "compiling for it is refused"
     elif row.feature is Feature.INDUCTOR:
         ours = "every compiled model has these, whatever its backend"
+    elif row.feature is Feature.EAGER_ROUNDING:
+        ours = "demo and bench check their layers with torch's operators run one by one instead"
     else:
         ours = "our kernels there do without"
     return _row(f"{row.package} {installed(row.package)}", target.name, "bad" if refused else "note", f"{row}; {ours}")

@@ -14,6 +14,8 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from fp4compile.codegen.known_bad import Feature, known_bad
+from fp4compile.codegen.target import target_of
 from fp4compile.passes.fold_weights import CutConstant, cut_constants
 from fp4compile.passes.site import fake_of, input_of
 from fp4compile.weights import Reader, WeightFreed, WeightStore
@@ -86,6 +88,15 @@ def compile_apart(model: Callable[..., Any], backend: Callable[..., Any]) -> Cal
     """
     apart: dict[str, Any] = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
     return torch.compile(model, backend=backend, **apart)
+
+
+def rounding_like_eager(device: torch.device) -> dict[str, bool]:
+    """Inductor's options under which a compiled graph rounds to bf16 wherever eager mode does, for comparisons with it.
+
+    Between operators that it fuses Inductor keeps values in float32. Where it cannot be told not to, it fuses none of torch's operators.
+    """
+    deaf = any(row.feature is Feature.EAGER_ROUNDING for row in known_bad(target_of(device)))
+    return {"emulate_precision_casts": True, "fallback_by_default": deaf}
 
 
 def trace_only(

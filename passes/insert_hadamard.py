@@ -67,7 +67,9 @@ def _draw(node: fx.Node, plan: Plan) -> fx.Node:
     value = fake_of(node)
     kwargs = {"dtype": torch.int64, "device": value.device, "pin_memory": False}
     with node.graph.inserting_before(node), value.fake_mode:
-        return call(node.graph, aten.randint.low, (0, 2, [config.hadamard]), kwargs, like=node, tag=_ONLY_BACKWARD)
+        # As a row that is squeezed: Inductor of torch 2.11 fails on the CPU where what it drew is indexed without another operator between.
+        row = call(node.graph, aten.randint.low, (0, 2, [1, config.hadamard]), kwargs, like=node, tag=_ONLY_BACKWARD)
+        return call(node.graph, aten.squeeze.dim, (row, 0), like=node, tag=_ONLY_BACKWARD)
 
 
 def _with_signs(operand: Operand, signs: fx.Node, node: fx.Node) -> fx.Node:

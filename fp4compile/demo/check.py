@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fp4compile.demo.fake_quant import NVFP4_ACTIVATION, NVFP4_WEIGHT, fake_quantized
 from fp4compile.demo.measure import TextScore, Tick, eager_losses, loss_increase
+from fp4compile.handoff import rounding_like_eager
 
 CHECKED_POLICY: Final = "nvfp4"
 # A difference is given as a share of the error that FP4 itself makes in that layer, L2 norms. Measured on a CPU, SmolLM2, two windows:
@@ -83,8 +84,7 @@ def layer_differences(model: Any, eager_model: Any, tokens: Tensor, options: dic
     for hook in hooks:
         hook.remove()
     torch.compiler.reset()
-    # Inductor keeps values in float32 between operators that it fuses; this rounds them to bf16 as eager does.
-    rounded = {**options, "inductor": {"emulate_precision_casts": True}}
+    rounded = {**options, "inductor": rounding_like_eager(tokens.device)}
     compiled = torch.compile(lambda layer, args, kwargs: layer(*args, **kwargs), backend="fp4", dynamic=False, options=rounded)
     differences = []
     for layer, (args, kwargs, expected) in zip(model.model.layers, seen, strict=True):

@@ -88,9 +88,9 @@ def test_an_absent_package_has_no_version_and_a_present_one_its_own() -> None:
 
 def test_every_row_can_hold_for_a_version_we_run_with() -> None:
     """A row for versions that are refused anyway, or for no device, is dead."""
-    devices = [target(capability) for capability in (80, 86, 89, 90, 100, 103, 110, 120, 121)]
-    oldest, newest = (float(v) for v in TESTED["triton"])
+    devices = [CPU, *(target(capability) for capability in (80, 86, 89, 90, 100, 103, 110, 120, 121))]
     for bad in KNOWN_BAD:
-        assert bad.package == "triton" and oldest <= float(bad.since) <= newest
+        oldest, newest = (float(v) for v in TESTED[bad.package])
+        assert oldest <= float(bad.since) <= newest
         assert any(bad.covers(device, bad.since) for device in devices)
         assert bad.source.startswith("https://github.com/")

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 import fp4compile
 from fp4compile.codegen import ops
 from fp4compile.codegen.reference.block import dequantize_ref, quantize_ref
+from fp4compile.handoff import rounding_like_eager
 from fp4compile.weights import STORE
 from tests.compat.fake_quant_mode import FakeQuant
 from tests.compat.families import BY_NAME
@@ -21,7 +22,7 @@ from tests.fp4compile.eager_recipe import Recipe
 from tests.fp4compile.test_training import NEAREST, NEAREST_RECIPE
 
 # Inductor keeps values of fused bf16 operators in float32; with this it rounds where eager mode does, and the comparison is exact again.
-LIKE_EAGER = {"emulate_precision_casts": True}
+LIKE_EAGER = rounding_like_eager(torch.device("cpu"))
 
 
 def compiled(case: Case, policy: Any = EVERYTHING, **options: Any) -> Callable[..., Any]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fp4compile import backend, cli_doctor
+from fp4compile import backend, cli_doctor, handoff
 from fp4compile.codegen import known_bad, registry
 from fp4compile.codegen.known_bad import Feature, KnownBadVersion, VersionTooOld
 from fp4compile.codegen.registry import KernelFamily
@@ -55,6 +55,15 @@ def test_doctor_tells_what_we_do_without_from_what_we_need(versions, monkeypatch
 def test_doctor_says_what_breaks_in_every_backend(versions) -> None:
     versions["triton"] = "3.7.1"
     assert any("every compiled model has these" in note and verdict == "note" for note, verdict in known_bad_rows(HOPPER).items())
+
+
+def test_before_torch_2_13_comparisons_on_the_cpu_do_without_fused_operators(versions) -> None:
+    cpu = torch.device("cpu")
+    assert handoff.rounding_like_eager(cpu) == {"emulate_precision_casts": True, "fallback_by_default": False}
+    versions["torch"] = "2.12.1+cpu"
+    assert handoff.rounding_like_eager(cpu)["fallback_by_default"]
+    [(note, verdict)] = known_bad_rows(Target(name="cpu", device_type="cpu")).items()
+    assert verdict == "note" and "emulate_precision_casts changes nothing" in note and "one by one" in note
 
 
 def kernels_compiled_for(target: Target, monkeypatch) -> set[str | None]:

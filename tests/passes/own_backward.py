@@ -72,7 +72,7 @@ class _Layer(nn.Module):
         self.weights = nn.ParameterList(torch.randn(*shape) for shape in self.shapes)
 
     def forward(self, x: Tensor) -> Tensor:
-        return type(self).run(x, *self.weights)
+        return type(self).run(x, *(self.weights[i] for i in range(len(self.shapes))))  # Dynamo of torch 2.11 unpacks no ParameterList
 
 
 class Flattened(_Layer):
