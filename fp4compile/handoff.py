@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import fx
+from torch._dynamo import config as dynamo_config
 from torch._functorch import config as functorch_config
 from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from fp4compile.capture import count_apart
 from fp4compile.codegen.known_bad import Feature, known_bad
 from fp4compile.codegen.target import target_of
 from fp4compile.passes.fold_weights import CutConstant, cut_constants
@@ -84,10 +87,22 @@ def compile_with_inductor(
 def compile_apart(model: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
     """`torch.compile` outside of Dynamo's recompile limit for the code of `model`, in which the user's own compilations count.
 
-    Beyond that limit (8) Dynamo runs the model as it is, and a dry run would see no graph. A torch that cannot tell them apart counts on.
+    Beyond that limit (8) Dynamo runs the model as it is, and a dry run would see no graph. Before torch 2.13 we tell the two apart.
     """
-    apart: dict[str, Any] = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
-    return torch.compile(model, backend=backend, **apart)
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+        return torch.compile(model, backend=backend, **cast(Any, {"isolate_recompiles": True}))
+
+    def apart(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        count_apart()
+        return backend(gm, example_inputs)
+
+    compiled = torch.compile(model, backend=apart)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with dynamo_config.patch(recompile_limit=sys.maxsize):
+            return compiled(*args, **kwargs)
+
+    return run
 
 
 def rounding_like_eager(device: torch.device) -> dict[str, bool]:

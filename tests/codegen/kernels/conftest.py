@@ -19,9 +19,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
     collect_ignore = ["test_under_interpreter.py", "test_cross_compile.py"]
     from tests.codegen.kernels.interpreter_bf16 import teach_bfloat16
+    from tests.codegen.kernels.interpreter_scalars import teach_scalars
     from tests.codegen.kernels.interpreter_scaled_dot import teach_e4m3_scales
 
     teach_bfloat16()
+    teach_scalars()
     teach_e4m3_scales()
 elif torch.cuda.is_available():
     collect_ignore = ["test_under_interpreter.py"]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fp4compile.codegen.formats import FORMATS, QuantConfig
 from fp4compile.codegen.kernels import launch
+from fp4compile.codegen.known_bad import installed
 from fp4compile.codegen.ops import quantize_args
 from tests.codegen.kernels.cross_compiled import launches_of, usage
 
@@ -88,6 +89,8 @@ CAPABILITIES = {
     80: ("tile", "wgrad", "h128", "w4a4-m4096", "bf16-m1", "fp32-m64", "a4-bf16-m4096", "bf16-mix-m4096", "runs-m4096", "grouped-w4a4"),
 }
 CAPABILITIES |= {100: ("tile", "wgrad", "w4a4-m4096", "grouped-bf16"), 120: ("tile", "wgrad", "w4a4-m4096", "mx-m4096", "grouped-bf16")}
+# Bytes at most that the ptxas in Triton 3.6 spills, where later ones spill nothing.
+SPILLED_BY_3_6 = {(80, "h128"): 104, (90, "h128"): 104, (120, "tile"): 8}
 CASES = [(capability, name) for capability, names in CAPABILITIES.items() for name in names]
 
 
@@ -96,7 +99,8 @@ def test_compiles_without_spills(capability: int, name: str, tmp_path: Path, mon
     launch_ = launches_of((QUANTIZERS | PRODUCTS)[name], monkeypatch)[0]
     compiled = launch_.compile(capability)
     used = usage(compiled, tmp_path)
-    assert used["STACK"] == used["LOCAL"] == 0, used
+    spilled = SPILLED_BY_3_6.get((capability, name), 0) if installed("triton").startswith("3.6") else 0
+    assert used["STACK"] <= spilled and used["LOCAL"] == 0, used
     ptx = compiled.asm["ptx"]
     if name in QUANTIZERS:
         # Each of these is another rounding than the reference's. FMAs are those that the source spells, whose products are exact.
