@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import fx
 
-from fp4compile.passes.record import GraphRecord
+from fp4compile.passes.record import GraphRecord, SiteDecision
 from fp4compile.passes.site import Role
 from fp4compile.report import palette
 from fp4compile.report.blocks import Panel, panels_of
@@ -37,6 +37,11 @@ def training() -> Transformed:
     return transform(captured, "nvfp4_train")
 
 
+def drawn(record: GraphRecord) -> list[SiteDecision]:
+    """What the picture shows: all but what no input reaches: angles of rotary embeddings, a matmul in some releases of transformers."""
+    return [row for row in record.sites if row.name != "model.rotary_emb"]
+
+
 def shown(panel: Panel, title: str) -> list[Box]:
     return [box for section in panel.sections for box in section.boxes if box.title.endswith(title)]
 
@@ -48,7 +53,7 @@ def readers(panel: Panel, box: Box) -> set[str]:
 def test_every_matmul_of_the_graph_is_one_box(inference: Transformed) -> None:
     gm, record = inference
     boxes = condense(gm).boxes
-    assert sorted(b.module for b in boxes if b.kind is Kind.MATMUL) == sorted(row.name for row in record.sites)
+    assert sorted(b.module for b in boxes if b.kind is Kind.MATMUL) == sorted(row.name for row in drawn(record))
     quantizes = [n for n in gm.graph.nodes if str(n.target) == "fp4.quantize.default"]
     weights = [b for b in boxes if b.stored]
     assert sum(b.kind is Kind.QUANTIZE for b in boxes) == len(quantizes) - len(weights) == 4 * 3
@@ -59,7 +64,7 @@ def test_boxes_are_few_and_their_graph_has_no_circle(training: Transformed) -> N
     graph = condense(gm)
     assert len(graph.boxes) < len(gm.graph.nodes) / 5
     assert all(a.order < b.order for a, b in graph.edges)
-    assert sorted((b.module, b.role) for b in graph.boxes if b.kind is Kind.MATMUL) == sorted((r.name, r.role) for r in record.sites)
+    assert sorted((b.module, b.role) for b in graph.boxes if b.kind is Kind.MATMUL) == sorted((r.name, r.role) for r in drawn(record))
 
 
 def test_one_block_stands_for_all_equal_ones(inference: Transformed) -> None:
