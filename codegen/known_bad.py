@@ -115,6 +115,11 @@ KNOWN_BAD: Final = (
         source="https://github.com/pytorch/pytorch/issues/193183",
     ),
     KnownBad(
+        package="torch", since="2.11", until="2.13", targets=("cpu",), feature=Feature.INDUCTOR,
+        symptom="may not compile where sizes change ('not declared in this scope'); the option assert_indirect_indexing=False helps",
+        source="https://github.com/pytorch/pytorch/issues/187335",
+    ),
+    KnownBad(
         package="torch", since="2.11", until="2.13", targets=("cpu",), feature=Feature.EAGER_ROUNDING,
         symptom="changes nothing: what fused operators pass on stays float32", source="https://github.com/pytorch/pytorch/issues/185337",
     ),

@@ -41,7 +41,8 @@ def test_generation_gives_the_oracles_tokens_and_quantizes_each_weight_once(cach
         want = model.generate(prompt, **settings)
     assert not torch.equal(want, model.generate(prompt, **settings))  # 4 bits choose other tokens: equality is no accident
     before = STORE.quantizations
-    model.forward = compile_fp4(model.forward)
+    # Before torch 2.13 Inductor's C++ of a growing cache may not compile with its checks: `fp4compile doctor` says so.
+    model.forward = compile_fp4(model.forward, inductor={"assert_indirect_indexing": False})
     assert torch.equal(model.generate(prompt, **settings), want)
     assert STORE.quantizations - before == 15
     assert len(fp4compile.last_report().graphs) >= 2  # prefill and decode
