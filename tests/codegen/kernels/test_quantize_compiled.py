@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 
 from fp4compile.codegen.formats import QuantConfig
 from fp4compile.codegen.kernels import launch
 from fp4compile.codegen.ops import quantize_args
-from tests.codegen.kernels.cross_compiled import CUOBJDUMP, Launch, launches_of, usage
+from tests.codegen.kernels.cross_compiled import CUOBJDUMP, Launch, launches_of, under_3_6, usage
 
 WGRAD = {"hadamard": 16, "rounding": "stochastic"}
 FOUR_OVER_SIX = {"scale_rule": "four_over_six"}
@@ -45,7 +46,7 @@ CASES: dict[str, tuple[int, int, torch.dtype, int | None, dict[str, Any], dict[s
 SOME = {80: ("tensor", "4/6", "wgrad", "both", "across-eden"), 90: tuple(CASES), 103: ("tensor",)}
 SOME |= {100: ("tensor", "tile", "wgrad", "mxfp4", "both", "eden"), 120: ("tensor", "4/6", "wgrad", "both", "across-eden")}
 # A lane of EDEN holds a rotation of 128 elements; for sm_100 Triton 3.9 finds 16 registers too few.
-SPILLED = {(100, "eden"): 64}
+SPILLED = {(100, "eden"): 64, (90, "ragged"): under_3_6(8)}
 NEAREST_BY_HARDWARE = ("tensor", "mxfp4", "both")
 
 
@@ -73,6 +74,8 @@ def test_no_spills_and_the_right_instructions(capability: int, name: str, tmp_pa
         assert used["STACK"] <= SPILLED.get((capability, name), 0) and used["LOCAL"] == 0, used
         assert not re.findall(r"\.ftz|\.approx|div\.full", compiled.asm["ptx"])
         assert each.options["enable_fp_fusion"] is False
+    if capability == 103 and triton.__version__.startswith("3.6"):
+        pytest.skip("the nvdisasm in Triton 3.6 does not know sm_103")
     sass = disassembled(quantizing.compile(capability), tmp_path)
     by_hardware = capability >= 100 and name in NEAREST_BY_HARDWARE
     assert ("F2FP.SATFINITE.E2M1" in sass) == by_hardware
