@@ -164,6 +164,21 @@ def test_training_is_refused_and_a_rule_can_leave_it_out(artefact: Path) -> None
     assert report.graphs[0].training and all(row.extra_k == 0 for row in report.sites)
 
 
-def test_the_example_policy_is_legal() -> None:
-    text = (EXAMPLES / "arc.toml").read_text()
+@pytest.mark.parametrize("name", ["arc", "calibrated"])
+def test_the_example_policies_are_legal(name: str) -> None:
+    text = (EXAMPLES / f"{name}.toml").read_text()
     assert load_policy(tomllib.loads(text), calibrated=False).to_toml().count("arc = {") == 1
+
+
+def test_the_calibrated_example_loses_less_than_plain_nvfp4(tmp_path: Path) -> None:
+    """From the file alone, as its comment says; only the multiple of channels is that of a small model."""
+    text = (EXAMPLES / "calibrated.toml").read_text().replace("multiple = 64", "multiple = 16")
+    recipe = {**tomllib.loads(text), "calibration": str(tmp_path / "calibration.pt")}
+    model, x = llama(), tokens(3)
+    fp4compile.calibrate(model, [tokens(seed) for seed in range(10, 26)], policy=recipe, progress=False)
+    found = compiled(model, recipe)(x)
+    rows = [row for row in fp4compile.last_report().graphs[0].sites if row.name.endswith("_proj")]
+    assert len(rows) == 7 and all(row.extra_k == 16 for row in rows)
+    torch._dynamo.reset()
+    plain, exact = compiled(model, {"version": 1, "extends": "nvfp4"})(x), model(x)
+    assert (found - exact).norm() < 0.8 * (plain - exact).norm()
