@@ -66,9 +66,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def batches_of(given: str | None, model_file: Any, inputs: tuple[Any, ...]) -> Iterable[Any]:
-    """Of `MODULE:FUNCTION`, else of batches() of the model's file, else its example inputs. Raises `NoBatchesThere`."""
+    """Of `MODULE:FUNCTION`, else batches() or `batches` of the model's file, else its example inputs. Raises `NoBatchesThere`."""
     if given is None:
-        return model_file.batches() if hasattr(model_file, "batches") else [inputs]
+        found: Any = getattr(model_file, "batches", [inputs])
+        return found() if callable(found) else found
     module, colon, function = given.partition(":")
     if not (module and colon and function):
         raise NoBatchesThere(given=given, found="no module and function")

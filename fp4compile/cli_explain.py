@@ -13,7 +13,7 @@ from fp4compile.codegen.errors import Fp4CompileError
 
 class NoModelThere(Fp4CompileError, ValueError):
     template = (
-        "explain: {file} {found}. Define a function `model()` that returns (module, inputs): the module and a tuple of example inputs."
+        "{file} {found}. Define a function `model()` that returns (module, inputs): the module and a tuple of example inputs."
     )
 
 
@@ -41,6 +41,8 @@ def run(args: argparse.Namespace) -> int:
 
 def load_model(file: Path) -> tuple[Any, tuple[Any, ...]]:
     """Import `file` and call its `model()`. Raises `NoModelThere`."""
+    import torch
+
     if not file.is_file():
         raise NoModelThere(file=file, found="does not exist")
     spec = importlib.util.spec_from_file_location(file.stem, file)
@@ -51,6 +53,8 @@ def load_model(file: Path) -> tuple[Any, tuple[Any, ...]]:
     build = getattr(module, "model", None)
     if not callable(build):
         raise NoModelThere(file=file, found="has no function model()")
+    if isinstance(build, torch.nn.Module):
+        raise NoModelThere(file=file, found="has a module named model, not a function")
     built = build()
     if not (isinstance(built, tuple) and len(built) == 2):
         raise NoModelThere(file=file, found="has a model() that returned something else")

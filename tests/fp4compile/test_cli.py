@@ -41,6 +41,9 @@ def test_explain_wants_a_model_function(tmp_path, capsys) -> None:
     (tmp_path / "empty.py").write_text("")
     assert main(["explain", str(tmp_path / "empty.py")]) == 1
     assert "has no function model()" in capsys.readouterr().err
+    (tmp_path / "module.py").write_text("from torch import nn\nmodel = nn.Linear(2, 2)\n")
+    assert main(["explain", str(tmp_path / "module.py")]) == 1
+    assert "module.py has a module named model, not a function. Define a function `model()`" in capsys.readouterr().err
 
 
 def test_doctor_names_versions_and_target(capsys) -> None:

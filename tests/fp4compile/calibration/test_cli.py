@@ -66,6 +66,12 @@ def test_json_and_batches_of_another_module(tmp_path: Path, capsys: pytest.Captu
         assert message in capsys.readouterr().err
 
 
+def test_batches_that_are_a_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "a_model.py").write_text(MODEL + BATCHES + "\nbatches = batches()[:2]\n")
+    assert main(["calibrate", str(tmp_path / "a_model.py"), "--out", str(tmp_path / "c.pt"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["batches"] == 2
+
+
 def test_the_page_is_true():
     page = (Path(__file__).parents[3] / "docs" / "calibration.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"^```toml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
