@@ -12,9 +12,7 @@ from fp4compile.codegen.errors import Fp4CompileError
 
 
 class NoModelThere(Fp4CompileError, ValueError):
-    template = (
-        "{file} {found}. Define a function `model()` that returns (module, inputs): the module and a tuple of example inputs."
-    )
+    template = "{file} {found}. Define a function `model()` that returns (module, inputs): the module and a tuple of example inputs."
 
 
 def add_parser(subparsers: Any) -> None:
