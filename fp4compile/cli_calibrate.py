@@ -68,8 +68,9 @@ def run(args: argparse.Namespace) -> int:
 def batches_of(given: str | None, model_file: Any, inputs: tuple[Any, ...]) -> Iterable[Any]:
     """Of `MODULE:FUNCTION`, else batches() or `batches` of the model's file, else its example inputs. Raises `NoBatchesThere`."""
     if given is None:
-        found: Any = getattr(model_file, "batches", [inputs])
-        return found() if callable(found) else found
+        own = getattr(model_file, "batches", [inputs])
+        batches: Any = own() if callable(own) else own
+        return batches
     module, colon, function = given.partition(":")
     if not (module and colon and function):
         raise NoBatchesThere(given=given, found="no module and function")
