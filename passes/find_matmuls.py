@@ -223,12 +223,13 @@ def _with_depth(sites: Mapping[fx.Node, Site]) -> dict[fx.Node, Site]:
     weighted = [node for node, site in sites.items() if site.role is Role.FPROP]
     layers = [node for node in weighted if _NO_LAYER.isdisjoint(sites[node].traits)]
     depth = {node: i for i, node in enumerate(layers)}
-    forward_of_seq: dict[int, list[fx.Node]] = {}
+    forward_of_seq: dict[int | None, list[fx.Node]] = {}
     for node in weighted:
-        forward_of_seq.setdefault(node.meta.get("seq_nr", -1), []).append(node)
+        if "seq_nr" in node.meta:
+            forward_of_seq.setdefault(node.meta["seq_nr"], []).append(node)
     numbered: dict[fx.Node, Site] = {}
     for node, site in sites.items():
-        own = [node] if site.role is Role.FPROP else forward_of_seq.get(node.meta.get("seq_nr", -1), [])
+        own = [node] if site.role is Role.FPROP else forward_of_seq.get(node.meta.get("seq_nr"), [])
         # An autograd function gives one number to all its products.
         forward = next((n for n in own if _share_operand(site, sites[n])), own[0] if own else None)
         if site.role is Role.MATMUL or forward is None:
