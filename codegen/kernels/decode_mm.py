@@ -31,8 +31,9 @@ from fp4compile.codegen.tuning import TuningKey
 _MOST_ROWS: Final = 128  # of the wide kernel
 _MOST_TERMS: Final = 384  # rows that float32 rows may become; past that, float32 arithmetic itself costs no more
 _HALVES: Final = (torch.bfloat16, torch.float16)
-# Rows of x on sm_90 from which a weight that would have to be tiled first is dequantized once, into memory.
-_PLAIN_DEQUANTIZED_FROM: Final = 256  # rows of x, unless the output is so small that only splits of k fill the GPU
+# Rows of x on sm_90 from which a weight that would have to be tiled first is dequantized once, into memory, unless the output is so small
+# that only splits of k fill the GPU.
+_PLAIN_DEQUANTIZED_FROM: Final = 256
 
 
 def supports(m: int, n: int, k: int, dtype: torch.dtype, capability: int) -> str | None:
@@ -272,7 +273,7 @@ def choose_tile(m: int, n: int, padded_k: int, tiled: bool, capability: int = 90
         return _choose_narrow(m, few, many, padded_k, tiled, capability >= 100)
     if capability == 90:
         tile = choose_register_tile(m, n, padded_k, processors)
-        fills = tile.splits == 1 or 2 * HALF_TILES[0].of(m, n) > processors
+        fills = tile.splits == 1 or 2 * HALF_TILES[0].count(m, n) > processors
         return HALF_TILES[0] if not tiled and m >= _PLAIN_DEQUANTIZED_FROM and fills else tile
     if m <= 32:
         block_m = 16 if m <= 16 else 32

@@ -45,6 +45,10 @@ class HopperTile:
     w_stages: int = 2
     splits: int = 1
 
+    def count(self, m: int, n: int) -> int:
+        """How many of it an output (`m`, `n`) takes."""
+        return -(-m // self.block_m) * -(-n // self.block_n)
+
     def options(self) -> dict[str, Any]:
         return {
             "BLOCK_N": self.block_n, "BLOCK_M": self.block_m, "X_STAGES": self.x_stages, "W_STAGES": self.w_stages,
@@ -67,6 +71,10 @@ class RegisterTile:
     most_registers: int | None = None
     splits: int = 1
     early: bool = True
+
+    def count(self, m: int, n: int) -> int:
+        """How many of it an output (`m`, `n`) takes."""
+        return -(-m // self.block_m) * -(-n // (64 * self.groups))
 
     @property
     def programs_a_processor(self) -> int:
@@ -92,7 +100,7 @@ class HalfTile:
     registers: int = 232
     band: int = 2048
 
-    def of(self, m: int, n: int) -> int:
+    def count(self, m: int, n: int) -> int:
         """How many of it an output (`m`, `n`) takes."""
         return -(-m // self.block_m) * -(-n // self.block_n)
 
@@ -135,11 +143,7 @@ def choose_hopper_tile(m: int, n: int, padded_k: int, processors: int) -> Hopper
         tile = _SHORT if many else _SHORT_NARROW
     else:
         tile = _LARGE if m > 128 else _TALL if many else _MIDDLE
-    tiles = -(-m // tile.block_m) * -(-n // tile.block_n)
-    splits = 1
-    while 2 * tiles * splits <= processors and padded_k // (2 * splits) >= 512:
-        splits *= 2
-    return replace(tile, splits=splits)
+    return replace(tile, splits=_splits(tile.count(m, n), processors, padded_k))
 
 
 def choose_register_tile(m: int, n: int, padded_k: int, processors: int) -> RegisterTile:
@@ -149,9 +153,12 @@ def choose_register_tile(m: int, n: int, padded_k: int, processors: int) -> Regi
     """
     size = 0 if m <= 16 else 1 if m <= 32 else 2 if m <= 64 else 3
     tile = (_WIDE if n >= 155 * processors or m > 128 else _SLIM)[size]
-    tiles = -(-m // tile.block_m) * -(-n // (64 * tile.groups))
-    room = processors * (2 if tile.groups == 1 else 1)
+    return replace(tile, splits=_splits(tile.count(m, n), processors * (2 if tile.groups == 1 else 1), padded_k))
+
+
+def _splits(tiles: int, room: int, padded_k: int) -> int:
+    """Of k, at least 512 of it each, so that `tiles` come near to filling `room`."""
     splits = 1
     while 2 * tiles * splits <= room and padded_k // (2 * splits) >= 512:
         splits *= 2
-    return replace(tile, splits=splits)
+    return splits

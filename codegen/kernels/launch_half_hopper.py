@@ -27,7 +27,7 @@ def multiply_halves_hopper(
     A global scale is float32, a number or one a row of A or of B. Products are exact, sums float32 in a fixed order; one rounding.
     """
     m, n = out.shape
-    tiles = -(-m // tile.block_m) * -(-n // tile.block_n)
+    tiles = tile.count(m, n)
     programs = min(tiles, processors_of(a.device)) if a.is_cuda else tiles
     pieces, pointers = _out_descriptor(out, tile.block_m // 2), (a_global, b_global, bias, out)
     product = _product(

@@ -38,7 +38,7 @@ def multiply_hopper(
     strides = (stride_of(a_global), stride_of(b_global))
     partial = out if splits == 1 else out.new_empty((splits, m, n), dtype=torch.float32)
     pointers = (*(last if splits == 1 else (None, None, None)), None, partial)
-    grid, numbers = (-(-m // tile.block_m) * -(-n // tile.block_n), splits), (m, n, chunks, a_split, 0, strides[0], 0, strides[1], m * n)
+    grid, numbers = (tile.count(m, n), splits), (m, n, chunks, a_split, 0, strides[0], 0, strides[1], m * n)
     product = _product(tile, grid, numbers, x.dtype is torch.float16, x.device, kinds_of(*pointers))
     product(*_descriptors(x, codes, scales, tile), *pointers)
     finish_splits(partial, last, out, splits)

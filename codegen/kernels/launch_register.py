@@ -27,7 +27,7 @@ def multiply_register(
     paired = _paired(x, chunks, tile.early)
     last = (a_global, b_global, bias)
     partial = out if splits == 1 else out.new_empty((splits, m, n), dtype=torch.float32)
-    tiles = -(-m // tile.block_m) * -(-n // (64 * tile.groups))
+    tiles = tile.count(m, n)
     room = processors_of(x.device) * tile.programs_a_processor if x.is_cuda else tiles
     pointers = (*(last if splits == 1 else (None, None, None)), partial)
     product = _product(

@@ -28,6 +28,10 @@ MEASURES = (
 )
 
 
+class NoBase(RuntimeError):
+    """A folder without the run that others are held against."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """Losses by tokens seen, in nats a token."""
@@ -64,8 +68,7 @@ class Run:
 
 def write_comparison(out: Path) -> str:
     """Write OUT/curves.svg and OUT/table.md from the runs in OUT, and OUT/RUN/diagnosis.svg; returns the table."""
-    logs = {path.parent.name for path in out.glob("*/log.jsonl") if path.stat().st_size}
-    runs = [Run.read(out / name) for name in (*(n for n in RECIPES if n in logs), *sorted(logs - set(RECIPES)))]
+    runs = _runs(out)
     (out / "curves.svg").write_text(_curves(runs, out))
     for run in runs:
         if (out / run.name / "diagnosis").exists():
@@ -73,6 +76,11 @@ def write_comparison(out: Path) -> str:
     table = _table(runs)
     (out / "table.md").write_text(table + "\n")
     return table
+
+
+def _runs(out: Path) -> list[Run]:
+    logs = {path.parent.name for path in out.glob("*/log.jsonl") if path.stat().st_size}
+    return [Run.read(out / name) for name in (*(n for n in RECIPES if n in logs), *sorted(logs - set(RECIPES)))]
 
 
 def _base(runs: Sequence[Run]) -> Run | None:
@@ -105,13 +113,15 @@ def across_seeds(folders: Sequence[Path]) -> str:
     losses: dict[str, list[float]] = {}
     gaps: dict[str, list[float]] = {}
     for folder in folders:
-        runs = {path.parent.name: Run.read(path.parent) for path in folder.glob("*/log.jsonl") if path.stat().st_size}
-        base = runs[BASE].heldout
-        end = max(base)
-        for name, run in runs.items():
+        runs = _runs(folder)
+        base = _base(runs)
+        if base is None or not base.heldout:
+            raise NoBase(f"{folder} has no losses of {BASE}, to which gaps are taken: run pretrain.py --recipe {BASE} with its settings.")
+        end = max(base.heldout)
+        for run in runs:
             if end in run.heldout:
-                losses.setdefault(name, []).append(run.heldout[end])
-                gaps.setdefault(name, []).append(run.heldout[end] - base[end])
+                losses.setdefault(run.name, []).append(run.heldout[end])
+                gaps.setdefault(run.name, []).append(run.heldout[end] - base.heldout[end])
     lowest = statistics.mean(losses[BASE])
     rows = [
         [name, len(losses[name]), _mean(losses[name]), *(("", "") if name == BASE else (_mean(gaps[name]), _percent(gaps[name], lowest)))]

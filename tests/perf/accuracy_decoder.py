@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -116,12 +117,13 @@ def prepare(decoder: Decoder, results: Results, args: argparse.Namespace) -> tup
         for tokens in windows.split(args.batch):
             call_with(model, decoder.batch(tokens))
 
+    measured = functools.cache(decoder.sensitivity)  # by the first row that keeps something
     experiment = Experiment(
         layers=layers,
         groups=groups,
         score=lambda: scorer(model),
         calibrate=lambda data: collect(layers, lambda: run(chosen_on if data == "text" else random_like(chosen_on, decoder.vocabulary))),
-        kept=keeping(decoder.sensitivity),
+        kept=lambda method: measured().keep(method.keep, policy="nvfp4").modules,
         sequential=lambda method, inputs, shift, kept: sequential_weights(
             blocks, run, layers, groups, method, inputs, chosen_on.split(args.batch), shift, kept=kept
         ),
@@ -142,18 +144,6 @@ def random_like(windows: Tensor, vocabulary: int) -> Tensor:
     """Tokens of even probability, for a calibration without data."""
     drawn = torch.randint(vocabulary, windows.shape, generator=torch.Generator().manual_seed(0))
     return drawn.to(windows.device)
-
-
-def keeping(measured: Callable[[], Any]) -> Callable[[Method], Sequence[str]]:
-    """Measures when it is first asked."""
-    found: list[Any] = []
-
-    def kept(method: Method) -> Sequence[str]:
-        if not found:
-            found.append(measured())
-        return found[0].keep(method.keep, policy="nvfp4").modules
-
-    return kept
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
