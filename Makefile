@@ -15,7 +15,7 @@ demo: $(VENV)/demo.stamp
 
 # Files are the units that workers share: a file's tests compile the same things. In their order, for the file with the fewest tests takes longest.
 test: $(VENV)/test.stamp
-	$(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=15 $(ARGS)
+	$(BIN)/pytest -n $(JOBS) --max-worker-restart 0 --dist loadfile --no-loadscope-reorder --durations=15 $(ARGS)
 
 lint: $(VENV)/lint.stamp .lint
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ Over gloo on the CPU, and over NCCL where there are two GPUs.
 from __future__ import annotations
 
 import copy
+import faulthandler
 import socket
 
 import pytest
@@ -19,6 +20,7 @@ from tests.fp4compile.eager_recipe import with_recipe
 from tests.fp4compile.test_training import NEAREST, NEAREST_RECIPE, relative
 
 STEPS, LEARNING_RATE = 3, 0.5
+DEADLINE = 400  # seconds, of which a process needs 20 to 80
 WIDTH, INNER = 448, 600  # each weight is larger than the first bucket of DDP, 1 MiB
 
 
@@ -82,6 +84,7 @@ def expected() -> tuple[list[Tensor], list[float]]:
 
 
 def process(rank: int, kind: str, over: str, port: int, out: str) -> None:
+    faulthandler.dump_traceback_later(DEADLINE, exit=True)  # processes that wait for each other fail, and say where they were
     device = torch.device("cuda", rank) if over == "nccl" else torch.device("cpu")
     if over == "nccl":
         torch.cuda.set_device(device)
