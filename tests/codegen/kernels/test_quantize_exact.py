@@ -142,6 +142,7 @@ def takes_maximum(options: dict) -> bool:
     return options.get("global_scale", "tensor") == "tensor" and options.get("format") != "mxfp4"
 
 
+EDEN = {"hadamard": 128, "rounding": "eden"}
 # Every way of reading: 16-byte loads along rows, words across pairs of rows, single elements either way.
 READINGS = [((48, 256), False), ((48, 256), True), ((33, 40), False), ((2, 64, 128), True)]
 OPTIONS = [
@@ -163,6 +164,15 @@ def test_every_way_of_reading(device: torch.device, shape: tuple[int, ...], turn
         x = torch.randn(*shape, generator=torch.Generator(device).manual_seed(i), device=device).to(dtype)
         x = x.mT.contiguous().mT if turned else x
         assert_exact(x, -1 - i % 2, seed=11 if "rounding" in options else None, **options)
+
+
+@pytest.mark.parametrize("options", [{"hadamard": 64, "global_scale": "row"}, {"hadamard": 128}, EDEN], ids=str)
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_small_matrices_of_several_tiles_of_large_units(device: torch.device, options: dict, axis: int) -> None:
+    """One program reads them all for the maximum, from the first on in a loop."""
+    x = torch.randn(300, 200, generator=torch.Generator(device).manual_seed(5), device=device).bfloat16()
+    x[140, 150] = 40  # in none of the first tiles
+    assert_exact(x, axis, seed=3, **options)
 
 
 @pytest.mark.parametrize(
