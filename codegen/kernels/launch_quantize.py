@@ -84,7 +84,8 @@ class Plan:
         if self.config.fmt.has_global_scale and self.config.global_scale is GlobalScale.ROW:
             return True
         a_tiles, b_tiles = self.tiles(self.tile, self.content)
-        return self.needs_amax and a_tiles * b_tiles <= _TILES_OF_A_SMALL_MATRIX
+        quickly_compiled = self.unit < 64  # larger rotations take Triton 10 to 50 s each, so small matrices share the kernel of large ones
+        return self.needs_amax and quickly_compiled and a_tiles * b_tiles <= _TILES_OF_A_SMALL_MATRIX
 
     @functools.cached_property
     def tile(self) -> Tile:

@@ -1,8 +1,8 @@
 """A training step compiled for a CUDA device that is not there: by our passes, by Inductor, and by Triton down to machine code.
 
-A program, for it replaces what asks the device: `python absent_gpu.py POLICY CAPABILITY` prints JSON, what was compiled for which operator.
-The model is traced on the CPU, its graph is then said to lie on the device, and nothing is run. Inductor's kernels and ours are compiled with
-the sizes of the step; ours through the launchers that would serve the device.
+A program, for it replaces what asks the device: `python absent_gpu.py POLICY CAPABILITY` writes JSON, what was compiled for which operator.
+The model is traced on the CPU, its graph is then said to lie on the device, and nothing is run. Inductor's kernels and ours are compiled
+for the sizes of the step; ours through the launchers that would serve the device.
 """
 
 from __future__ import annotations
@@ -103,9 +103,15 @@ def pretend(capability: int) -> tuple[Driver, list[str]]:
             setattr(owner, name, staticmethod(lambda *args, answer=answer, **kwargs: answer))
     triton_heuristics.CachingAutotuner._make_launchers = lambda self: of_inductor.append(self.fn.__name__)
     joint_graph.constant_fold_uniform_value = lambda gm: None  # it computes values, on the device
+    torch.ops.prims.inductor_lookup_seed.default.prim_meta_impl = _seed
     torch._inductor.config.compile_threads = 1
     torch._functorch.config.force_non_lazy_backward_lowering = True
     return driver, of_inductor
+
+
+def _seed(seeds: Tensor, index: int) -> Tensor:
+    """What the lookup of a seed returns; Inductor's own indexes, for which it needs the device."""
+    return torch.empty_strided((), (), dtype=torch.int64, device=seeds.device)
 
 
 def place_on_device(graph: fx.Graph) -> None:
@@ -195,4 +201,4 @@ def main(policy: str, capability: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1], int(sys.argv[2]))))
+    sys.stdout.write(json.dumps(main(sys.argv[1], int(sys.argv[2]))) + "\n")

@@ -36,10 +36,11 @@ CASES: dict[str, tuple[int, int, torch.dtype, int | None, dict[str, Any], dict[s
     "across-h64": (4096, 4096, torch.bfloat16, -2, {"hadamard": 64}, {}, "plain"),
     "across-h128": (4096, 4096, torch.float32, -2, {"hadamard": 128}, {}, "plain"),
     "eden": (4096, 4096, torch.bfloat16, -1, EDEN, {}, "plain"),
+    "small-eden": (512, 512, torch.bfloat16, -1, EDEN, {}, "plain"),
     "across-eden": (4096, 4096, torch.bfloat16, -2, EDEN, {}, "plain"),
     "few-eden": (8, 4096, torch.bfloat16, -1, EDEN, {}, "swizzled"),
-    "small-eden": (512, 512, torch.bfloat16, -1, EDEN, {}, "plain"),
-    "small-across-h64": (512, 512, torch.bfloat16, -2, {"hadamard": 64, "global_scale": "row"}, {}, "plain"),
+    "long-row-h128": (64, 32768, torch.bfloat16, -1, {"hadamard": 128, "global_scale": "row"}, {}, "plain"),
+    "across-row-h64": (512, 512, torch.bfloat16, -2, {"hadamard": 64, "global_scale": "row"}, {}, "plain"),
     "mxfp4": (4096, 4096, torch.bfloat16, -1, {"format": "mxfp4"}, {}, "plain"),
     "ragged": (4095, 1037, torch.bfloat16, -1, {}, {}, "plain"),
     "both": (4096, 4096, torch.bfloat16, None, {}, {"hadamard": 16}, "swizzled"),
@@ -87,11 +88,16 @@ def test_no_spills_and_the_right_instructions(capability: int, name: str, tmp_pa
         assert "LDG.E.128" in sass
 
 
-@pytest.mark.parametrize(("name", "loads"), [("small-eden", 2 * 128 // 8 + 1), ("small-across-h64", 2 * 64)])
+@pytest.mark.parametrize(("name", "loads"), [("long-row-h128", 2 * 128 // 8), ("across-row-h64", 2 * 64)])
 def test_large_units_are_read_at_two_places(name: str, loads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's time grows faster than the square of the loads: unrolled, EDEN of this matrix took it 163 s instead of 4."""
+    """Triton's time grows faster than the square of the loads: with a loop unrolled 15 times, minutes."""
     [here] = launches(name, 90, monkeypatch)
-    assert here.compile(90).asm["ttir"].count("tt.load") == loads  # EDEN's with its seed's
+    assert here.compile(90).asm["ttir"].count("tt.load") == loads
+
+
+def test_small_matrices_share_the_kernels_of_large_ones_where_compiling_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    small, large = launches("small-eden", 90, monkeypatch), launches("eden", 90, monkeypatch)
+    assert [launch.kernel for launch in small] == [launch.kernel for launch in large] and len(small) == 2
 
 
 def test_one_launch_for_few_rows_and_for_scales_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
