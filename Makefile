@@ -14,6 +14,7 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/fp4compile demo $(ARGS)
 
 # Files are the units that workers share: a file's tests compile the same things. In their order, for the file with the fewest tests takes longest.
+# Who ends in a test that hangs is not replaced, for the next would begin the same file.
 test: $(VENV)/test.stamp
 	$(BIN)/pytest -n $(JOBS) --max-worker-restart 0 --dist loadfile --no-loadscope-reorder --durations=15 $(ARGS)
 

@@ -92,17 +92,17 @@ def quantize_here_kernel(
     SIZE: tl.constexpr = B if ACROSS else A
     STEP: tl.constexpr = A if ACROSS else B
     COUNT: tl.constexpr = UNIT_TILES if PER_ROW else ROW_TILES * UNIT_TILES
-    # Loads of units of 64 and more are many: there the loop is unrolled no further and has no first round of its own, for the time that
-    # Triton takes grows with the square of them and more, to minutes. Smaller ones are unrolled, so that loads are under way together.
-    FIRST: tl.constexpr = 0 if UNIT >= 64 and COUNT > 1 else 1
+    # Unrolled, so that loads are under way together. But units of 64 and more are many loads, and Triton's time grows faster than their
+    # square, to minutes: for them the loop is left as it is and has no first round of its own.
+    BEGUN: tl.constexpr = 0 if UNIT >= 64 and COUNT > 1 else 1
     MOST: tl.constexpr = 1 if UNIT >= 64 else COUNT - 1 if COUNT <= 16 else 4
-    if FIRST == 0:
+    if BEGUN == 0:
         largest = tl.full([A, B], 0.0, tl.float32)
     else:
         first_row = row_tile * SIZE if PER_ROW else 0
         x = load_tile(x_ptr, first_row, 0, rows, k, stride_r, stride_k, ACCESS, STRIDE_K, ACROSS, UNIT, HADAMARD, A, B)
         largest = finite_max(x, A, B, UNIT)
-    for tile in tl.range(FIRST, COUNT, loop_unroll_factor=MOST if MOST > 1 else 1):
+    for tile in tl.range(BEGUN, COUNT, loop_unroll_factor=MOST if MOST > 1 else 1):
         row = (row_tile if PER_ROW else tile // UNIT_TILES) * SIZE
         unit = tile % UNIT_TILES * STEP
         x = load_tile(x_ptr, row, unit, rows, k, stride_r, stride_k, ACCESS, STRIDE_K, ACROSS, UNIT, HADAMARD, A, B)
