@@ -84,7 +84,7 @@ class Plan:
         if self.config.fmt.has_global_scale and self.config.global_scale is GlobalScale.ROW:
             return True
         a_tiles, b_tiles = self.tiles(self.tile, self.content)
-        quickly_compiled = self.unit < 64  # larger rotations take Triton 10 to 50 s each, so small matrices share the kernel of large ones
+        quickly_compiled = self.unit < 64  # larger units take Triton up to a minute a kernel, so small matrices share that of large ones
         return self.needs_amax and quickly_compiled and a_tiles * b_tiles <= _TILES_OF_A_SMALL_MATRIX
 
     @functools.cached_property

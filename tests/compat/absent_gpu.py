@@ -12,7 +12,8 @@ import importlib
 import json
 import pkgutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, Final
 
@@ -30,12 +31,13 @@ from triton.backends.compiler import GPUTarget
 
 import fp4compile
 from fp4compile import backend, capture, handoff
-from fp4compile.codegen import kernels, ops
+from fp4compile.codegen import kernels
 from fp4compile.codegen.target import Target
 from fp4compile.kernels_ahead import KernelsAhead
 from fp4compile.passes.operator_calls import OperatorCall
 
 DEVICE: Final = torch.device("cuda", 0)
+CUDA: Final = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 PROCESSORS: Final = 132
 TOKENS, WIDTH, HIDDEN, BLOCKS = 512, 256, 512, 3
 
@@ -64,7 +66,6 @@ class Driver:
         self.utils = SimpleNamespace(
             load_binary=self._load,
             get_device_properties=lambda device: {"max_shared_mem": 232448, "multiprocessor_count": PROCESSORS},
-            fill_tma_descriptor=lambda *args: None,
         )
 
     def _load(self, name: str, *args: Any) -> tuple[int, ...]:
@@ -93,7 +94,7 @@ def pretend(capability: int) -> tuple[Driver, list[str]]:
     torch.version.cuda = torch.version.cuda or "13.0"  # as a CUDA build would say
     for owner, answers in (
         (torch.cuda, {"get_device_capability": divmod(capability, 10), "_get_device_properties": properties, "current_device": 0}),
-        (torch.cuda, {"get_device_properties": properties, "device_count": 1, "_lazy_init": None, "synchronize": None}),
+        (torch.cuda, {"get_device_properties": properties, "device_count": 1, "_lazy_init": None}),
         (CudaInterface, {"is_available": True, "is_bf16_supported": True, "get_compute_capability": capability, "current_device": 0}),
         (CudaInterface.Worker, {"get_device_properties": properties, "current_device": 0}),
         (triton_helpers, {"set_driver_to_gpu": None}),
@@ -116,7 +117,7 @@ def _seed(seeds: Tensor, index: int) -> Tensor:
 
 def place_on_device(graph: fx.Graph) -> None:
     for node in graph.nodes:
-        tree_map(_placed, [node.meta.get("val"), node.meta.get("example_value")])
+        tree_map(_placed, node.meta.get("val"))
         node.args, node.kwargs = tree_map(_placed, node.args), tree_map(_placed, node.kwargs)
 
 
@@ -130,21 +131,19 @@ class Stop(BaseException):
     """All is compiled."""
 
 
-@contextlib.contextmanager
-def compiling_for_device() -> Iterator[list[OperatorCall]]:
-    """Compile what is traced on the CPU for the device instead. Yields the calls of our operators, filled by then."""
+def compile_for_device(step: Callable[..., Any], *inputs: Tensor) -> list[OperatorCall]:
+    """Compile for the device what `step` traces on the CPU. Returns the calls of our operators, each different one."""
     calls: dict[OperatorCall, None] = {}
     run_pipeline, compile_inner = handoff.JointPass.__call__, handoff.compile_fx_inner
-    found: list[OperatorCall] = []
 
     def transform(self: handoff.JointPass, graph: fx.Graph) -> None:
         place_on_device(graph)
         run_pipeline(self, graph)
         place_on_device(graph)
 
-    def inner(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
+    def inner(gm: fx.GraphModule, graph_inputs: Sequence[Any], **kwargs: Any) -> Any:
         place_on_device(gm.graph)
-        compile_inner(gm, tree_map(_placed, list(inputs)), **kwargs)
+        compile_inner(gm, tree_map(_placed, list(graph_inputs)), **kwargs)
 
         def stop(args: list[Any]) -> Any:
             raise Stop
@@ -156,24 +155,20 @@ def compiling_for_device() -> Iterator[list[OperatorCall]]:
     capture.device_of = lambda inputs: DEVICE
     KernelsAhead.start = lambda self, of_graph: calls.update(dict.fromkeys(of_graph))
     with contextlib.suppress(Stop):
-        yield found
-    found += calls
+        step(*inputs)
+    return list(calls)
 
 
-def launch(call: OperatorCall, target: Target, driver: Driver) -> dict[str, Any]:
-    """The call through the launcher of CUDA, with what it should return and what it did."""
-    name = call.target.name().removeprefix("fp4::").split(".")[0]
-    by_kernel = {"quantize": ops._or_offline, "quantize_both": ops._quantize_both}.get(name, lambda f: f)(ops._on_cuda(name))
-    args = [value.zeros(torch.device("cpu")) if hasattr(value, "zeros") else value for value in call.args]
-    before = len(driver.loaded)
-    got = by_kernel(*args, **dict(call.kwargs))
-    meta = [arg.to("meta") if isinstance(arg, Tensor) else arg for arg in args]
-    return {
-        "operator": name,
-        "result": _kinds(got),
-        "expected": _kinds(call.target(*meta, **dict(call.kwargs))),
-        "kernels": driver.loaded[before:],
-    }
+def launch(call: OperatorCall, driver: Driver) -> dict[str, Any]:
+    """The call through what is registered for CUDA, on tensors of the CPU: what it returned and should have, and what it launched."""
+    before, found = len(driver.loaded), []
+
+    def both(*args: Any, **kwargs: Any) -> None:
+        found.append(_kinds(call.target.redispatch(CUDA, *args, **kwargs)))
+        found.append(_kinds(call.target(*(arg.to("meta") if isinstance(arg, Tensor) else arg for arg in args), **kwargs)))
+
+    replace(call, target=both).run(torch.device("cpu"))
+    return {"operator": str(call.target), "result": found[0], "expected": found[1], "kernels": driver.loaded[before:]}
 
 
 def _kinds(result: Tensor | Sequence[Tensor]) -> list[str]:
@@ -192,12 +187,10 @@ def main(policy: str, capability: int) -> dict[str, Any]:
     driver, of_inductor = pretend(capability)
     model = nn.Sequential(*(Block() for _ in range(BLOCKS))).bfloat16()
     step = torch.compile(model, backend=backend.fp4, options={"policy": policy})
-    with compiling_for_device() as calls:
-        step(torch.zeros(TOKENS, WIDTH, dtype=torch.bfloat16))
-    target = Target(name=f"sm_{capability}", device_type="cuda", capability=capability)
-    aim_launchers(target)
+    calls = compile_for_device(step, torch.zeros(TOKENS, WIDTH, dtype=torch.bfloat16))
+    aim_launchers(Target(name=f"sm_{capability}", device_type="cuda", capability=capability))
     rows = [row for graph in fp4compile.last_report().graphs for row in graph.sites]
-    return {"inductor": of_inductor, "kernels": [row.kernel for row in rows], "calls": [launch(call, target, driver) for call in calls]}
+    return {"inductor": of_inductor, "kernels": [row.kernel for row in rows], "calls": [launch(call, driver) for call in calls]}
 
 
 if __name__ == "__main__":

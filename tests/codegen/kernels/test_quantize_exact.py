@@ -169,7 +169,7 @@ def test_every_way_of_reading(device: torch.device, shape: tuple[int, ...], turn
 @pytest.mark.parametrize("options", [{"hadamard": 64, "global_scale": "row"}, {"hadamard": 128}, EDEN], ids=str)
 @pytest.mark.parametrize("axis", [-1, -2])
 def test_small_matrices_of_several_tiles_of_large_units(device: torch.device, options: dict, axis: int) -> None:
-    """One program reads them all for the maximum, from the first on in a loop."""
+    """With scales of rows along the second axis one program reads them all for the maximum, in a loop without a first round of its own."""
     x = torch.randn(300, 200, generator=torch.Generator(device).manual_seed(5), device=device).bfloat16()
     x[140, 150] = 40  # in none of the first tiles
     assert_exact(x, axis, seed=3, **options)
